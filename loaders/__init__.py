@@ -1,0 +1,1 @@
+"""One module per backend. Each defines `SPEC` (a LoaderSpec) and an Engine class; see loaders/README.md."""

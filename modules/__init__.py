@@ -1,0 +1,1 @@
+"""Switchyard: every local LLM backend behind one generate interface. See README-dev.md for the map."""
