@@ -1,0 +1,1 @@
+"""Conversations: templates, the store on disk, and the turns between a user and a model."""
