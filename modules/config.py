@@ -1,0 +1,600 @@
+"""The configuration: command line > environment (SWITCHYARD_*) > settings file > default.
+
+`Config`'s fields are the one table: name, type, default, help, group, flags. The command line parser, the environment
+names, the settings file's keys and the commented sample file are loops over it. A loader's options are not here: they come
+from its `LoaderSpec.options`, under the same flags and precedence, and end in `Config.loader_options` (only those given).
+Flags keep text-generation-webui's names where they mean the same; both `--some-name` and `--some_name` are taken.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import ipaddress
+import os
+import shlex
+import shutil
+import sys
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from modules.errors import ConfigError
+from modules.foreign_flags import FOREIGN_FLAGS
+
+if typing.TYPE_CHECKING:
+    from modules.schema import OptionSpec
+
+ROOT = Path(__file__).resolve().parent.parent
+ENV_PREFIX = "SWITCHYARD_"
+LOOPBACK_HOST = "127.0.0.1"
+TORCH_HELP = "Torch build to install: auto, cpu, cu126, cu130, rocm7.2, xpu, mps. Read by the start scripts."
+
+
+def _option(
+    default: Any, help: str, group: str, *, aliases: tuple[str, ...] = (), metavar: str = "", choices: tuple[str, ...] = ()
+) -> Any:
+    meta = {"help": help, "group": group, "aliases": aliases, "metavar": metavar, "choices": choices}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: tuple(default), metadata=meta)
+    return dataclasses.field(default=default, metadata=meta)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything the server is told at start. Build it with `parse` or, in tests, directly."""
+
+    # Where to listen
+    listen: bool = _option(False, "Listen on every network interface. Needs --api-key.", "Server")
+    listen_host: str | None = _option(None, "Address to listen on, instead of 127.0.0.1.", "Server", metavar="ADDRESS")
+    listen_port: int = _option(7860, "Port of the page and the API.", "Server", aliases=("port",))
+    allowed_hosts: tuple[str, ...] = _option(
+        [], "More names a browser may call this server by (Host header).", "Server", metavar="NAME"
+    )
+    allowed_origins: tuple[str, ...] = _option([], "Web pages of other sites that may call the API.", "Server", metavar="ORIGIN")
+    subpath: str = _option("", "Path under which a reverse proxy serves this, such as /switchyard.", "Server", metavar="PATH")
+    ssl_keyfile: Path | None = _option(None, "TLS private key.", "Server", metavar="FILE")
+    ssl_certfile: Path | None = _option(None, "TLS certificate.", "Server", metavar="FILE")
+    auto_launch: bool = _option(False, "Open the page in a browser when it is ready.", "Server")
+    nowebui: bool = _option(False, "The API only, without the page.", "Server")
+    api_key: str | None = _option(None, "Key that clients must send (Authorization: Bearer KEY).", "Server", metavar="KEY")
+    admin_key: str | None = _option(None, "Key for loading and unloading models; default: the API key.", "Server", metavar="KEY")
+    i_know: bool = _option(False, "Listen beyond this machine without a key. Anyone in reach can use and stop it.", "Server")
+    max_body_mb: int = _option(10, "Largest request body, in MB.", "Server")
+    verbose: bool = _option(False, "Log every request and the prompts.", "Server")
+
+    # Models
+    model: str | None = _option(None, "Model to load at start: a name under --model-dir. Default: the bundled one.", "Models")
+    no_model: bool = _option(False, "Start without loading a model.", "Models")
+    loader: str | None = _option(None, "Backend to load it with. Default: the best that can take it.", "Models")
+    model_dir: Path = _option(ROOT / "models", "Folder with the models.", "Models", metavar="DIR")
+    lora: tuple[str, ...] = _option([], "LoRA adapters to apply: names under --lora-dir.", "Models", metavar="NAME")
+    lora_dir: Path = _option(ROOT / "loras", "Folder with LoRA adapters.", "Models", metavar="DIR")
+    idle_timeout: float = _option(0.0, "Unload a model after so many minutes without a request; 0: never.", "Models")
+    max_models: int = _option(0, "Models kept loaded at once; 0: as memory allows.", "Models")
+    strict_parameters: bool = _option(False, "Refuse a request with a parameter the backend can't honour.", "Models")
+
+    # Data
+    user_data_dir: Path = _option(ROOT / "user_data", "Folder with chats, settings and logs.", "Data", metavar="DIR")
+    preset_dir: Path = _option(ROOT / "presets", "Folder with generation presets.", "Data", metavar="DIR")
+    settings: Path | None = _option(
+        None, "Settings file (YAML), keys as in --print-config. Default: config.yaml in the data folder.", "Data", metavar="FILE"
+    )
+    extensions: tuple[str, ...] = _option([], "Extensions to load, in this order.", "Data", metavar="NAME")
+
+    # Set-up
+    torch: str = _option("auto", TORCH_HELP, "Set-up", metavar="BUILD")
+    background_install: bool = _option(True, "Go on installing missing default backends while serving.", "Set-up")
+
+    # Not on the command line
+    loader_options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    explicit: frozenset[str] = frozenset()
+    command: str = "serve"
+    arguments: argparse.Namespace | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def host(self) -> str:
+        """The address to bind."""
+        return self.listen_host or ("0.0.0.0" if self.listen else LOOPBACK_HOST)
+
+    @property
+    def is_loopback(self) -> bool:
+        return _is_loopback(self.host)
+
+    @property
+    def url(self) -> str:
+        """Where a browser on this machine finds the page."""
+        scheme = "https" if self.ssl_certfile else "http"
+        host = LOOPBACK_HOST if self.host in ("0.0.0.0", "::", "localhost") else self.host
+        host = f"[{host}]" if ":" in host else host
+        return f"{scheme}://{host}:{self.listen_port}{self.subpath}"
+
+    @property
+    def model_dirs(self) -> tuple[Path, ...]:
+        """Where models are looked for: the user's folder, then the one with the bundled model."""
+        return tuple(dict.fromkeys((self.model_dir, ROOT / "models")))
+
+    def options_for(self, options: Sequence[OptionSpec]) -> dict[str, Any]:
+        """What the user gave, of one loader's options, under that loader's own names."""
+        given = {**self.loader_options, **({"lora": self.lora_paths} if self.lora else {})}
+        return {o.name: given[name] for o in options for name in (o.name, *o.aliases) if name in given}
+
+    @property
+    def lora_paths(self) -> tuple[str, ...]:
+        """The adapters of --lora: each a name under --lora-dir, or a path of its own."""
+        return tuple(str(self.lora_dir / name if (self.lora_dir / name).exists() else Path(name)) for name in self.lora)
+
+
+# --- the table as a parser -------------------------------------------------------------------------------------
+
+_INTERNAL = frozenset({"loader_options", "explicit", "command", "arguments", "warnings"})
+Kind = Literal["bool", "int", "float", "str", "path", "list"]
+
+
+@dataclass(frozen=True)
+class Option:
+    """One row of the table, of the server's or of a loader's."""
+
+    name: str
+    kind: Kind
+    default: Any
+    help: str
+    group: str
+    aliases: tuple[str, ...] = ()
+    metavar: str = ""
+    choices: tuple[str, ...] = ()
+
+    @property
+    def env(self) -> str:
+        return ENV_PREFIX + self.name.upper()
+
+    def flags(self) -> list[str]:
+        """With dashes; `normalise` has turned underscores into them."""
+        return list(dict.fromkeys(f"--{name.replace('_', '-')}" for name in (self.name, *self.aliases)))
+
+    def convert(self, value: Any, where: str) -> Any:
+        """A value of the environment or the settings file as this option's kind. Raises ConfigError."""
+        try:
+            return self._convert(value)
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"{where}: {value!r} is no {_KIND_NAMES[self.kind]}.", hint=self.help) from error
+
+    def _convert(self, value: Any) -> Any:
+        if value is None:
+            return None
+        if self.kind == "bool":
+            if isinstance(value, bool):
+                return value
+            return _BOOLS[str(value).strip().lower()]
+        if self.kind == "list":
+            return tuple(value.split(",")) if isinstance(value, str) else tuple(str(item) for item in value)
+        if isinstance(value, (bool, list, dict)):
+            raise ValueError(value)
+        if self.choices and str(value) not in self.choices:
+            raise ConfigError(f"{self.name} must be one of {', '.join(self.choices)}, not {value!r}.")
+        return _CONVERTERS[self.kind](value)
+
+
+class _Booleans(dict[str, bool]):
+    def __missing__(self, key: str) -> bool:
+        raise ValueError(key)
+
+
+_BOOLS = _Booleans(**dict.fromkeys(("1", "true", "yes", "on"), True), **dict.fromkeys(("0", "false", "no", "off", ""), False))
+_CONVERTERS: dict[str, Callable[[Any], Any]] = {"int": int, "float": float, "str": str, "path": lambda v: Path(v).expanduser()}
+_KIND_NAMES = {
+    "bool": "yes or no",
+    "int": "whole number",
+    "float": "number",
+    "str": "text",
+    "path": "path",
+    "list": "list",
+}
+
+
+def server_options() -> list[Option]:
+    """The server's own rows."""
+    hints = typing.get_type_hints(Config)
+    return [
+        Option(
+            field.name,
+            _kind(hints[field.name]),
+            () if field.default is dataclasses.MISSING else field.default,
+            **{key: field.metadata[key] for key in ("help", "group", "aliases", "metavar", "choices")},
+        )
+        for field in dataclasses.fields(Config)
+        if field.name not in _INTERNAL
+    ]
+
+
+def _kind(hint: Any) -> Kind:
+    if typing.get_origin(hint) is tuple:
+        return "list"
+    args = [a for a in typing.get_args(hint) if a is not type(None)] or [hint]
+    kinds: dict[Any, Kind] = {bool: "bool", int: "int", float: "float", str: "str", Path: "path"}
+    return kinds[args[0]]
+
+
+def loader_option_rows() -> list[Option]:
+    """The loaders' options as rows, one per name: two loaders may share a name, as `n_gpu_layers` does."""
+    from modules.registry import discover
+
+    taken = {name for option in server_options() for name in (option.name, *option.aliases)}
+    rows: dict[str, Option] = {}
+    owners: dict[str, list[str]] = {}
+    for spec in discover().values():
+        for option in spec.options:
+            if option.name in taken:
+                continue  # `lora`: the server's own row, which options_for hands on
+            owners.setdefault(option.name, []).append(spec.title)
+            known = rows.get(option.name)
+            choices = tuple(dict.fromkeys((*(known.choices if known else ()), *option.choices)))
+            aliases = tuple(dict.fromkeys((*(known.aliases if known else ()), *option.aliases)))
+            rows[option.name] = Option(
+                option.name, _OPTION_KINDS[option.kind], option.default, option.help, "Loading a model", aliases, "", choices
+            )
+    return [
+        dataclasses.replace(row, help=f"{row.help} ({', '.join(owners[name])})") for name, row in _drop_taken(rows, taken).items()
+    ]
+
+
+_OPTION_KINDS: dict[str, Kind] = {
+    "bool": "bool",
+    "int": "int",
+    "float": "float",
+    "str": "str",
+    "choice": "str",
+    "path": "path",
+    "paths": "list",
+}
+
+
+def _drop_taken(rows: dict[str, Option], taken: set[str]) -> dict[str, Option]:
+    """Without aliases that another row has as its name or had first."""
+    seen = taken | rows.keys()
+    result = {}
+    for name, row in rows.items():
+        aliases = tuple(a for a in row.aliases if a.replace("-", "_") not in seen)
+        seen |= {a.replace("-", "_") for a in aliases}
+        result[name] = dataclasses.replace(row, aliases=aliases)
+    return result
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises ConfigError instead of ending the process, so that every message has one form."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message[:1].upper() + message[1:] + ".", hint="--help lists the flags.")
+
+
+def build_parser(rows: Sequence[Option]) -> argparse.ArgumentParser:
+    """The parser of the table. Nothing is set that was not given."""
+    parser = _Parser(
+        prog="server.py",
+        description="One web page and one API for every local LLM backend.",
+        epilog="Precedence: command line > SWITCHYARD_* environment > settings file > default. CMD_FLAGS.txt counts as "
+        "the beginning of the command line.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    add_options(parser, rows)
+    parser.add_argument("--print-config", action="store_true", help="Print a commented settings file and end.")
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser, rows: Sequence[Option]) -> None:
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for row in rows:
+        group = groups.setdefault(row.group, parser.add_argument_group(row.group)) if row.group else parser
+        group.add_argument(*row.flags(), dest=row.name, help=_help(row), **_argparse_kind(row))
+
+
+def _help(row: Option) -> str:
+    default = "" if row.default in (None, False, "", ()) else f" Default: {_relative(row.default)}."
+    return (row.help + default).replace("%", "%%")
+
+
+def _relative(value: Any) -> Any:
+    return value.relative_to(ROOT).as_posix() if isinstance(value, Path) and value.is_relative_to(ROOT) else value
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Shows `--no-name` only where the switch is on by default: that is the only place one needs it."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=30, width=min(shutil.get_terminal_size().columns, 120))
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if not isinstance(action, _Boolean):
+            return super()._format_action_invocation(action)
+        return ", ".join(s for s in action.option_strings if (s in action.negated) == action.on_by_default)
+
+    def _format_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any) -> str:
+        return f"usage: {self._prog} [subcommand] [flags]\n\n"
+
+
+class _Boolean(argparse.Action):
+    """`--name` and `--no-name`; a name that starts with no- (`--no-mmap`) has no second form."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, on_by_default: bool, **kwargs: Any) -> None:
+        self.on_by_default = on_by_default
+        negated = [f"--no-{s[2:]}" for s in option_strings if not s.startswith("--no-")]
+        self.negated = frozenset(negated)
+        super().__init__([*option_strings, *negated], dest, nargs=0, **kwargs)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        setattr(namespace, self.dest, option_string not in self.negated)
+
+
+def _argparse_kind(row: Option) -> dict[str, Any]:
+    metavar = {"metavar": row.metavar or row.name.rsplit("_", 1)[-1].upper()}
+    if row.kind == "bool":
+        return {"action": _Boolean, "on_by_default": bool(row.default)}
+    if row.kind == "list":
+        return {"nargs": "+", "action": "extend", **metavar}
+    kind = {"type": _CONVERTERS[row.kind]}
+    return {**kind, "choices": row.choices} if row.choices else {**kind, **metavar}
+
+
+# --- parsing ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Command:
+    """A subcommand. `add_parser(subparsers)` returns its parser, `run(arguments, config)` the exit status."""
+
+    name: str
+    module: str
+    help: str
+
+
+COMMANDS = {
+    command.name: command
+    for command in (
+        Command("serve", "modules.app", "Serve the page and the API (this is the default)."),
+        Command("doctor", "modules.doctor", "Check every loader: installed, importable, device, generation."),
+        Command("convert", "modules.convert.cli", "Convert and quantise models."),
+        Command("download", "modules.download", "Download a model."),
+    )
+}
+
+
+def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None, root: Path = ROOT) -> Config:
+    """The configuration of one command line. Raises ConfigError with one line that says what is wrong."""
+    environ = os.environ if environ is None else environ
+    rows = server_options()
+    loader_rows = loader_option_rows()
+    known = {flag for row in (*rows, *loader_rows) for flag in row.flags()}
+    words = normalise(argv)
+    line, warnings = drop_foreign_flags([*normalise(read_cmd_flags(root, words)), *words], known)
+    command, before, after = split_command(line)
+    parser = build_parser([*rows, *loader_rows])
+    _list_commands(parser)
+    given, arguments = _parse_line(parser, command, before, after)
+    if given.pop("print_config", False):
+        print(sample_file([*rows, *loader_rows]))
+        raise SystemExit(0)
+    values = _merge(given, environ, rows, loader_rows)
+    server = {row.name: values[row.name] for row in rows if row.name in values}
+    loader = {row.name: values[row.name] for row in loader_rows if row.name in values}
+    config = Config(
+        **server,
+        loader_options=loader,
+        explicit=frozenset(values),
+        command=command,
+        arguments=arguments,
+        warnings=tuple(warnings),
+    )
+    _check(config)
+    return config
+
+
+def _parse_line(
+    parser: argparse.ArgumentParser, command: str, before: list[str], after: list[str]
+) -> tuple[dict[str, Any], argparse.Namespace | None]:
+    """Server flags may stand on both sides of the subcommand; what its own parser knows after it is its own."""
+    arguments = None
+    if command != "serve":
+        import importlib
+
+        holder = _Parser(prog="server.py", allow_abbrev=False)
+        subparsers = holder.add_subparsers(dest="command", parser_class=_Parser)
+        importlib.import_module(COMMANDS[command].module).add_parser(subparsers)
+        arguments, after = holder.parse_known_args([command, *after])
+    given, unknown = parser.parse_known_args([*before, *after])
+    if unknown:
+        raise ConfigError(_unknown_flag(unknown[0], parser))
+    return vars(given), arguments
+
+
+def _unknown_flag(flag: str, parser: argparse.ArgumentParser) -> str:
+    if not flag.startswith("-"):
+        return f"Unknown subcommand {flag!r}: {', '.join(COMMANDS)} are known."
+    name = flag.partition("=")[0]
+    close = difflib.get_close_matches(name, parser._option_string_actions, n=1)
+    return f"Unknown flag {name}." + (f" Did you mean {close[0]}?" if close else " --help lists the flags.")
+
+
+def _list_commands(parser: argparse.ArgumentParser) -> None:
+    lines = "\n".join(f"  {command.name:<10}{command.help}" for command in COMMANDS.values())
+    parser.formatter_class = _Formatter
+    parser.description = f"{parser.description}\n\nsubcommands (server.py NAME --help shows each one's own flags):\n{lines}"
+
+
+def normalise(line: Sequence[str]) -> list[str]:
+    """Flags with dashes for underscores: `--n_ctx=4096` is `--n-ctx=4096`. Values stay as they are."""
+    words = []
+    for word in line:
+        name, equals, value = word.partition("=")
+        words.append(name.replace("_", "-") + equals + value if name.startswith("--") else word)
+    return words
+
+
+def split_command(line: Sequence[str]) -> tuple[str, list[str], list[str]]:
+    """(subcommand, flags before it, arguments after it). A value of a flag is no subcommand: `--model doctor`."""
+    for index, word in enumerate(line):
+        previous = line[index - 1] if index else ""
+        if word in COMMANDS and (index == 0 or not _takes_value(previous)):
+            return word, list(line[:index]), list(line[index + 1 :])
+    return "serve", list(line), []
+
+
+def _takes_value(word: str) -> bool:
+    """Whether a word before it makes the next one its value: a flag without `=` that is no switch."""
+    if not word.startswith("--") or "=" in word:
+        return False
+    name = word[2:].replace("-", "_")
+    kinds = {n: row.kind for row in server_options() for n in (row.name, *row.aliases)}
+    kind = kinds.get(name, "bool" if name.startswith("no_") else "str")
+    return kind != "bool"
+
+
+def read_cmd_flags(root: Path, argv: Sequence[str] = ()) -> list[str]:
+    """The words of CMD_FLAGS.txt: in the user data folder, else in the root. `#` starts a comment; a line's trailing
+    backslash is dropped, since all lines are one command line anyway."""
+    folders = [root / "user_data", root]
+    for index, word in enumerate(argv):
+        if word == "--user-data-dir" and index + 1 < len(argv):
+            folders.insert(0, Path(argv[index + 1]))
+        elif word.startswith("--user-data-dir="):
+            folders.insert(0, Path(word.partition("=")[2]))
+    for path in (folder / "CMD_FLAGS.txt" for folder in folders):
+        if path.is_file():
+            return parse_cmd_flags(path.read_text(encoding="utf-8-sig"), str(path))
+    return []
+
+
+def parse_cmd_flags(text: str, name: str = "CMD_FLAGS.txt") -> list[str]:
+    lines = (line.strip().rstrip("\\") for line in text.splitlines())
+    try:
+        return shlex.split("\n".join(line for line in lines if line and not line.startswith("#")), comments=True)
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}.", hint="Check its quotes.") from error
+
+
+def drop_foreign_flags(line: Sequence[str], known: set[str]) -> tuple[list[str], list[str]]:
+    """The line without flags of text-generation-webui that mean nothing here, and one line of warning for each."""
+    kept: list[str] = []
+    warnings: list[str] = []
+    words = list(line)
+    while words:
+        word = words.pop(0)
+        flag = word.partition("=")[0]
+        why = None if flag in known else FOREIGN_FLAGS.get(flag)
+        if why is None:
+            kept.append(word)
+            continue
+        warnings.append(f"{flag} is ignored: {why.reason}")
+        while why.takes_values and "=" not in word and words and not words[0].startswith("--") and words[0] not in COMMANDS:
+            words.pop(0)
+            if why.takes_values == 1:
+                break
+    return kept, warnings
+
+
+def _merge(given: dict[str, Any], environ: Mapping[str, str], rows: list[Option], loader_rows: list[Option]) -> dict[str, Any]:
+    """Explicit values only, by precedence."""
+    every = [*rows, *loader_rows]
+    values = {row.name: row.convert(environ[row.env], row.env) for row in every if row.env in environ}
+    values.update({k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    path = values.get("settings")
+    if path is None:
+        data_dir = values.get("user_data_dir", Config().user_data_dir)
+        path = Path(data_dir) / "config.yaml"
+        if not path.is_file():
+            return values
+    from_file = read_settings(Path(path), every)
+    return {**from_file, **values}
+
+
+def read_settings(path: Path, rows: Sequence[Option]) -> dict[str, Any]:
+    """The settings file's values. Raises ConfigError for one that can't be read or holds an unknown key."""
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"The settings file {path} can't be read: {error.strerror}.") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"The settings file {path} is no YAML: {' '.join(str(error).split())}.") from error
+    if data is None:
+        return {}
+    if not isinstance(data, dict):
+        raise ConfigError(f"The settings file {path} must be a map of option names.")
+    by_name = {name: row for row in rows for name in (row.name, *row.aliases)}
+    values = {}
+    for key, value in data.items():
+        row = by_name.get(str(key).replace("-", "_"))
+        if row is None:
+            close = difflib.get_close_matches(str(key), by_name, n=1)
+            raise ConfigError(f"{path}: unknown key {key!r}." + (f" Did you mean {close[0]!r}?" if close else ""))
+        values[row.name] = row.convert(value, f"{path}: {key}")
+    return values
+
+
+def _check(config: Config) -> None:
+    if not 0 <= config.listen_port <= 65535:
+        raise ConfigError(f"--listen-port must be between 0 and 65535, not {config.listen_port}.")
+    if config.idle_timeout < 0 or config.max_models < 0 or config.max_body_mb < 1:
+        raise ConfigError("--idle-timeout and --max-models can't be negative, and --max-body-mb is at least 1.")
+    if (config.ssl_keyfile is None) != (config.ssl_certfile is None):
+        raise ConfigError("TLS needs both --ssl-keyfile and --ssl-certfile.")
+    for name in ("ssl_keyfile", "ssl_certfile"):
+        path = getattr(config, name)
+        if path is not None and not path.is_file():
+            raise ConfigError(f"--{name.replace('_', '-')}: there is no file {path}.")
+    if config.command == "serve" and not config.is_loopback and not config.api_key and not config.i_know:
+        raise ConfigError(
+            f"Listening on {config.host} without an API key would let anyone in reach use this server.",
+            hint="Add --api-key KEY, or --i-know to do it all the same.",
+        )
+    if config.subpath and not config.subpath.startswith("/"):
+        raise ConfigError(f"--subpath must begin with a slash: /{config.subpath}")
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+# --- the sample file -------------------------------------------------------------------------------------------
+
+
+def sample_file(rows: Sequence[Option]) -> str:
+    """A settings file with every option commented out at its default."""
+    lines = ["# Switchyard's settings file. Remove the # of a line to set it. The command line and SWITCHYARD_* win over it.", ""]
+    group = None
+    for row in rows:
+        if row.group != group:
+            group = row.group
+            lines += ["", f"# --- {group} ---"]
+        extra = f" One of: {', '.join(row.choices)}." if row.choices else ""
+        lines += [f"# {row.help}{extra}", f"#{row.name}: {_yaml_value(row.default)}"]
+    return "\n".join(lines)
+
+
+def _yaml_value(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if value is None:
+        return "null"
+    if isinstance(value, tuple):
+        return "[]" if not value else str(list(value))
+    if isinstance(value, (int, float)):
+        return str(value)
+    text = str(_relative(value))
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def print_problem(error: ConfigError) -> int:
+    """Say a configuration problem in one line; the exit status."""
+    print(f"Switchyard: {error}", file=sys.stderr)
+    return 2

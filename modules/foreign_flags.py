@@ -1,0 +1,93 @@
+"""Flags of text-generation-webui that mean nothing here, each with the reason: a warning, not a crash.
+
+A flag leaves this table when a loader or the server takes it up; a known flag always wins over its row here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ForeignFlag:
+    """`takes_values`: 0 for a switch, 1 for one value, 2 for several."""
+
+    reason: str
+    takes_values: int = 0
+
+
+_ALWAYS_API = "the API is always on, on the same port as the page."
+_NO_SHARE = "Switchyard opens no public tunnel; use a reverse proxy or SSH."
+_AUTOMATIC = "this is chosen from the model's own files."
+_NO_IMAGES = "Switchyard makes no images."
+_OLD_UI = "there is one page with every mode."
+_ONE_KERNEL = "the kernel is chosen from what the model and the machine can do."
+_GONE = "no backend of Switchyard has it."
+_USERS = "chats belong to the server; use --api-key to keep others out."
+
+FOREIGN_FLAGS: dict[str, ForeignFlag] = {
+    "--api": ForeignFlag(_ALWAYS_API),
+    "--api-port": ForeignFlag(_ALWAYS_API, 1),
+    "--api-enable-ipv6": ForeignFlag("use --listen-host ::."),
+    "--api-disable-ipv4": ForeignFlag("use --listen-host ::."),
+    "--api-blocking-port": ForeignFlag(_ALWAYS_API, 1),
+    "--api-streaming-port": ForeignFlag(_ALWAYS_API, 1),
+    "--public-api": ForeignFlag(_NO_SHARE),
+    "--public-api-id": ForeignFlag(_NO_SHARE, 1),
+    "--share": ForeignFlag(_NO_SHARE),
+    "--gradio-auth": ForeignFlag(_USERS, 1),
+    "--gradio-auth-path": ForeignFlag(_USERS, 1),
+    "--multi-user": ForeignFlag(_USERS),
+    "--portable": ForeignFlag("the folder is portable as it is."),
+    "--old-colors": ForeignFlag("choose the theme on the page."),
+    "--model-menu": ForeignFlag("choose the model on the page."),
+    "--notebook": ForeignFlag(_OLD_UI),
+    "--chat": ForeignFlag(_OLD_UI),
+    "--cai-chat": ForeignFlag(_OLD_UI),
+    "--character": ForeignFlag("choose the character on the page.", 1),
+    "--no-stream": ForeignFlag("streaming is chosen by each request."),
+    "--image-model": ForeignFlag(_NO_IMAGES, 1),
+    "--image-model-dir": ForeignFlag(_NO_IMAGES, 1),
+    "--image-dtype": ForeignFlag(_NO_IMAGES, 1),
+    "--image-attn-backend": ForeignFlag(_NO_IMAGES, 1),
+    "--image-cpu-offload": ForeignFlag(_NO_IMAGES),
+    "--image-compile": ForeignFlag(_NO_IMAGES),
+    "--image-quant": ForeignFlag(_NO_IMAGES, 1),
+    "--multimodal-pipeline": ForeignFlag(_NO_IMAGES, 1),
+    "--ik": ForeignFlag(_GONE),
+    "--streaming-llm": ForeignFlag("the prefix cache is always on."),
+    "--cache-capacity": ForeignFlag("the prefix cache is always on.", 1),
+    "--extra-flags": ForeignFlag("give each option by its own flag.", 1),
+    "--fit-target": ForeignFlag(_GONE, 1),
+    "--enable-tp": ForeignFlag(_GONE),
+    "--tp-backend": ForeignFlag(_GONE, 1),
+    "--cfg-cache": ForeignFlag(_GONE),
+    "--no-use-fast": ForeignFlag(_AUTOMATIC),
+    "--force-safetensors": ForeignFlag("pickle files are refused anyway."),
+    "--no-cache": ForeignFlag("the KV cache is always on."),
+    "--xformers": ForeignFlag(_ONE_KERNEL),
+    "--sdp-attention": ForeignFlag(_ONE_KERNEL),
+    "--low-vram": ForeignFlag("use --gpu-layers and --no-kv-offload."),
+    "--llama-cpp-seed": ForeignFlag("the seed belongs to each request.", 1),
+    "--wbits": ForeignFlag(_AUTOMATIC, 1),
+    "--groupsize": ForeignFlag(_AUTOMATIC, 1),
+    "--model-type": ForeignFlag(_AUTOMATIC, 1),
+    "--desc-act": ForeignFlag(_AUTOMATIC),
+    "--checkpoint": ForeignFlag(_AUTOMATIC, 1),
+    "--gptq-for-llama": ForeignFlag("use --loader gptq_for_llama."),
+    "--autogptq": ForeignFlag("use --loader autogptq."),
+    "--flexgen": ForeignFlag("use --loader flexgen."),
+    "--triton": ForeignFlag(_ONE_KERNEL),
+    "--quant-attn": ForeignFlag(_ONE_KERNEL),
+    "--warmup-autotune": ForeignFlag(_ONE_KERNEL),
+    "--fused-mlp": ForeignFlag(_ONE_KERNEL),
+    "--no-inject-fused-attention": ForeignFlag(_ONE_KERNEL),
+    "--no-inject-fused-mlp": ForeignFlag(_ONE_KERNEL),
+    "--no-use-cuda-fp16": ForeignFlag(_ONE_KERNEL),
+    "--monkey-patch": ForeignFlag(_GONE),
+    "--auto-devices": ForeignFlag("devices are shared out by default."),
+    "--deepspeed": ForeignFlag(_GONE),
+    "--nvme-offload-dir": ForeignFlag(_GONE, 1),
+    "--local-rank": ForeignFlag(_GONE, 1),
+    "--pre-layer": ForeignFlag("use --gpu-layers.", 2),
+}
