@@ -1,0 +1,131 @@
+"""One real worker process per row, kept for the row's tests; a fresh one for the tests that break it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Coroutine, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import pytest
+
+from modules.engine_client import WorkerClient
+from modules.overlays import Overlays
+from modules.registry import load_spec
+from modules.schema import Done, GenerationRequest, PrefillProgress, StopParams, TokenEvent
+from tests.contract.rows import ROWS, Row
+
+T = TypeVar("T")
+_ids = itertools.count()
+RAN: set[str] = set()
+
+
+@dataclass
+class Answer:
+    """One finished generation."""
+
+    tokens: list[TokenEvent] = field(default_factory=list)
+    prefill: list[PrefillProgress] = field(default_factory=list)
+    done: Done | None = None
+
+    @property
+    def text(self) -> str:
+        return "".join(event.text for event in self.tokens)
+
+    @property
+    def ids(self) -> list[int]:
+        return [token for event in self.tokens for token in event.token_ids]
+
+    @property
+    def end(self) -> Done:
+        assert self.done is not None
+        return self.done
+
+
+class Bench:
+    """A worker under test, driven from synchronous tests."""
+
+    def __init__(self, row: Row, overlays: Overlays, loop: asyncio.AbstractEventLoop) -> None:
+        self.row, self.overlays, self.loop = row, overlays, loop
+        self.spec = load_spec(row.loader)
+        self.log: list[str] = []
+        self.client: WorkerClient = self.start()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self.loop.run_until_complete(asyncio.wait_for(work, 120))
+
+    def options(self, **changes: Any) -> dict[str, Any]:
+        return {o.name: o.default for o in self.spec.options} | self.row.options | changes
+
+    def start(self) -> WorkerClient:
+        return self.run(WorkerClient.start(self.spec, self.overlays, on_log=self.log.append))
+
+    def load(self, path: Any = None, **options: Any) -> None:
+        self.run(self.client.load(str(path or self.row.model()), self.options(**options)))
+
+    def request(self, prompt: str | None, *, stop: StopParams | None = None, **fields: Any) -> GenerationRequest:
+        fields.setdefault("sampling", {"temperature": 0.0})
+        return GenerationRequest(f"t{next(_ids)}", prompt=prompt, stop=stop or StopParams(max_tokens=32), **fields)
+
+    async def collect(self, request: GenerationRequest, abort_after: int | None = None) -> Answer:
+        answer = Answer()
+        async for event in self.client.generate(request):
+            if isinstance(event, TokenEvent):
+                answer.tokens.append(event)
+                if abort_after is not None and len(answer.tokens) == abort_after:
+                    await self.client.abort(request.request_id)
+            elif isinstance(event, PrefillProgress):
+                answer.prefill.append(event)
+            else:
+                answer.done = event
+        return answer
+
+    def generate(self, prompt: str | None, abort_after: int | None = None, **fields: Any) -> Answer:
+        return self.run(self.collect(self.request(prompt, **fields), abort_after))
+
+    def close(self) -> None:
+        self.run(self.client.close())
+
+
+@pytest.fixture(scope="session")
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    loop = asyncio.new_event_loop()
+    yield loop
+    loop.run_until_complete(asyncio.sleep(0.05))
+    loop.close()
+
+
+def _ready_row(row: Row, overlays: Overlays) -> Row:
+    reason = row.skip_reason(overlays)
+    if reason:
+        pytest.skip(reason)
+    RAN.add(row.id)
+    return row
+
+
+@pytest.fixture(scope="module", params=ROWS, ids=lambda row: row.id)
+def row(request: pytest.FixtureRequest, overlays: Overlays) -> Row:
+    return _ready_row(request.param, overlays)
+
+
+@pytest.fixture(scope="module")
+def bench(row: Row, overlays: Overlays, loop: asyncio.AbstractEventLoop) -> Iterator[Bench]:
+    """A loaded worker, shared by the tests of one row."""
+    bench = Bench(row, overlays, loop)
+    bench.load()
+    yield bench
+    bench.close()
+
+
+@pytest.fixture
+def fresh(row: Row, overlays: Overlays, loop: asyncio.AbstractEventLoop) -> Iterator[Bench]:
+    """A worker of its own, nothing loaded yet."""
+    bench = Bench(row, overlays, loop)
+    yield bench
+    bench.close()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if RAN:
+        terminalreporter.write_line(f"contract suite: {len(RAN)} of {len(ROWS)} rows ran: {', '.join(sorted(RAN))}")

@@ -1,0 +1,66 @@
+"""Which loaders the contract suite runs, on which model. A discovered loader without a row fails the suite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from modules.overlays import Overlays
+from modules.registry import discover
+from tests.conftest import ROOT, shared_data
+
+STORY = "Once upon a time"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One loader on one model. `model` gives the path, or None with `reason` when it is not here."""
+
+    id: str
+    loader: str
+    model: Callable[[], Path | str | None]
+    options: dict[str, Any] = field(default_factory=dict)
+    needs: str = ""
+    module: str | None = None
+    byte_exact: bool = False
+
+    def skip_reason(self, overlays: Overlays) -> str | None:
+        """Why this row can't run here, or None."""
+        spec = discover()[self.loader]
+        missing = overlays.unavailable(spec)
+        if missing:
+            return f"{spec.title}: {missing}"
+        if self.module and not overlays.has_module(spec.overlay, self.module):
+            return f"{spec.title}: {self.module} is not in the {spec.overlay} environment"
+        if self.model() is None:
+            return f"{self.needs} is not here"
+        return None
+
+
+def _stories(name: str) -> Callable[[], Path | None]:
+    def find() -> Path | None:
+        data = shared_data()
+        return None if data is None else data / "models" / "stories260K" / name
+
+    return find
+
+
+def _bundled(name: str) -> Callable[[], Path | None]:
+    path = ROOT / "models" / name
+    return lambda: path if path.exists() else None
+
+
+_STORIES = "the data folder ../shared (stories260K)"
+_WREN = "the bundled model"
+
+ROWS = (
+    Row("echo", "echo", lambda: "echo", byte_exact=True),
+    Row("transformers-wren", "transformers", _bundled("wren-6m"), {"dtype": "float32"}, _WREN),
+    Row("transformers-stories", "transformers", _stories("hf"), {"dtype": "float32"}, _STORIES),
+    Row("llama_cpp-wren", "llamacpp", _bundled("wren-6m-gguf/wren-6m-F16.gguf"), {"engine": "llama_cpp"}, _WREN, "llama_cpp"),
+    Row("llama_cpp-stories", "llamacpp", _stories("stories260K-f32.gguf"), {"engine": "llama_cpp"}, _STORIES, "llama_cpp"),
+    Row("xllamacpp-wren", "llamacpp", _bundled("wren-6m-gguf/wren-6m-F16.gguf"), {"engine": "xllamacpp"}, _WREN, "xllamacpp"),
+    Row("xllamacpp-stories", "llamacpp", _stories("stories260K-f32.gguf"), {"engine": "xllamacpp"}, _STORIES, "xllamacpp"),
+)
