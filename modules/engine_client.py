@@ -235,7 +235,6 @@ class WorkerClient(EngineClient):
             else:
                 self._kill()
                 await asyncio.shield(self._gone)
-        self._transport.close()
 
     def memory_bytes(self) -> int | None:
         if self.pid is None or self._gone.done():
@@ -346,6 +345,10 @@ class WorkerClient(EngineClient):
             self._die(None)
         if not self._gone.done():
             self._gone.set_result(None)
+        for task in list(self._tasks):
+            task.cancel()
+        if self._transport is not None:
+            self._transport.close()
 
     def _die(self, reason: str | None) -> None:
         """The worker is unusable: fail everything that waits, end the process, tell the owner. Once."""
