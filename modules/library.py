@@ -1,0 +1,63 @@
+"""The models a user can choose: what detection finds in the model folders, and what loaders bring themselves."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from modules.errors import CorruptModel
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from modules.schema import LoaderSpec, ModelFiles
+
+
+class Library(Protocol):
+    """What the model manager asks for. All three may read the disk: call them in a thread."""
+
+    def list(self) -> list[ModelFiles]: ...
+
+    def find(self, name: str) -> ModelFiles:
+        """Raises ModelNotFound."""
+        ...
+
+    def check(self, model: ModelFiles) -> None:
+        """Raises CorruptModel, UnsafeModel or UnknownFormat."""
+        ...
+
+
+class LocalLibrary:
+    """Models below `dirs`, beside the built-in ones of `specs` (echo)."""
+
+    def __init__(self, dirs: Sequence[Path], specs: Iterable[LoaderSpec]) -> None:
+        self._dirs = [Path(d) for d in dirs]
+        self._builtin = {model.id: model for spec in specs for model in spec.builtin}
+
+    @property
+    def dirs(self) -> list[Path]:
+        return list(self._dirs)
+
+    def list(self) -> list[ModelFiles]:
+        from modules import detect
+
+        found = [model for model in detect.list_models(self._dirs) if model.id not in self._builtin]
+        return [*found, *self._builtin.values()]
+
+    def find(self, name: str) -> ModelFiles:
+        from modules import detect
+
+        return self._builtin.get(name) or detect.find_model(name, self._dirs)
+
+    def check(self, model: ModelFiles) -> None:
+        from modules import detect
+
+        if model.id in self._builtin:
+            return
+        if model.problem:
+            raise CorruptModel(model.problem)
+        detect.check(model.path)
+
+    def bundled(self) -> list[ModelFiles]:
+        """The models that come with the product, echo left out."""
+        return [model for model in self.list() if model.bundled and model.format != "echo" and not model.problem]

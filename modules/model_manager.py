@@ -1,0 +1,613 @@
+"""Which models are in memory, which one the chats use, and who may run on them now.
+
+Loads run one at a time. A switch loads the new model beside the old one when memory allows and removes the old one afterwards,
+so a refused or failed load leaves the old one serving; when memory is short the old one goes first. Requests wait in one fair
+queue per worker (`modules.residents`); a request that named a model is answered by that model or not at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import time
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from modules.errors import (
+    AppError,
+    Conflict,
+    EngineDead,
+    LoadError,
+    LoadOutOfMemory,
+    ModelNotFound,
+    NoModelLoaded,
+    error_from_wire,
+)
+from modules.load_options import complete_options
+from modules.memory import available_bytes, process_bytes, total_bytes
+from modules.registry import select
+from modules.residents import Lease, OnPosition, Place, Resident, Ticket, WhenBusy
+from modules.schema import LoaderSpec, LoadProgress, ModelFiles, to_wire
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+
+    from modules.engine_client import EngineClient
+    from modules.events import EventBus
+    from modules.library import Library
+    from modules.registry import Environment
+
+log = logging.getLogger(__name__)
+
+RESTARTS = 3
+RESTART_WINDOW_S = 60.0
+CANCEL_GRACE_S = 20.0  # longer than the client's own abort enforcement, which kills the worker
+PROGRESS_EVERY_S = 0.1
+WORKER_OVERHEAD_BYTES = 300 << 20
+FAILED_CARDS = 4
+
+SwitchPolicy = Literal["off", "ask", "on"]
+State = Literal["empty", "loading", "ready", "failed"]
+
+
+class StartWorker(Protocol):
+    """Spawn a worker for a loader: `WorkerClient.start` bound to its environments."""
+
+    def __call__(self, spec: LoaderSpec, on_log: Callable[[str], None]) -> Awaitable[EngineClient]: ...
+
+
+class ModelManager:
+    """All methods belong to the event loop's thread."""
+
+    def __init__(
+        self,
+        library: Library,
+        specs: Mapping[str, LoaderSpec],
+        environment: Environment,
+        events: EventBus,
+        start_worker: StartWorker,
+        *,
+        model_options: Callable[[str, str], Mapping[str, Any]] | None = None,
+        switch_policy: SwitchPolicy = "on",
+        idle_timeout_s: float = 0.0,
+        available: Callable[[], int] = available_bytes,
+    ) -> None:
+        self._library = library
+        self._specs = dict(specs)
+        self._environment = environment
+        self._events = events
+        self._start_worker = start_worker
+        self._model_options = model_options or (lambda model, loader: {})
+        self.switch_policy: SwitchPolicy = switch_policy
+        self.idle_timeout_s = idle_timeout_s
+        self._available = available
+        self._places: dict[str, Place] = {}
+        self._active_id: str | None = None
+        self._incoming: Place | None = None  # loading, to become the active one
+        self._recall: tuple[str, str, dict[str, Any]] | None = None  # what idle unload put away
+        self._ids = itertools.count(1)
+        self._arrivals = itertools.count()
+        self._loading = asyncio.Lock()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closed = False
+        self._used_cache = (0.0, 0)
+        self._publish_at = 0.0
+        self._publish_timer: asyncio.TimerHandle | None = None
+        self._idle_task: asyncio.Task[None] | None = None
+        self.on_active: Callable[[Resident], None] | None = None
+
+    # --- what is there ----------------------------------------------------------------------------------------
+
+    def residents(self) -> list[Resident]:
+        return [place.view() for place in self._places.values()]
+
+    def active(self) -> Resident | None:
+        """What the chats use."""
+        place = self._places.get(self._active_id or "")
+        return place.view() if place is not None else None
+
+    def resident(self, resident_id: str) -> Resident:
+        return self._place(resident_id).view()
+
+    def client(self, resident_id: str) -> EngineClient:
+        """The worker behind a ready model, for what needs no place in the queue (encode, decode)."""
+        place = self._place(resident_id)
+        if place.client is None or place.state not in ("ready", "unloading"):
+            raise NoModelLoaded(f"{place.model.id} is not ready.")
+        return place.client
+
+    def state(self) -> State:
+        """empty, loading, ready or failed: what /health and the page's header say."""
+        states = {place.state for place in self._places.values()}
+        active = self._places.get(self._active_id or "")
+        if "ready" in states:
+            return "ready"
+        if "loading" in states:
+            return "loading"
+        if (active is not None and active.state == "failed") or "failed" in states:
+            return "failed"
+        return "empty"
+
+    def snapshot(self) -> dict[str, Any]:
+        """Residents, the active one, memory and state: JSON-safe, for the page."""
+        return {
+            "residents": [to_wire(r) for r in self.residents()],
+            "active": self._active_id,
+            "memory": {"total": total_bytes(), "available": self._available(), "process": self._used(max_age_s=2.0)},
+            "state": self.state(),
+        }
+
+    # --- load -------------------------------------------------------------------------------------------------
+
+    async def load(
+        self,
+        model_id: str,
+        loader: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        *,
+        keep_others: bool | None = False,
+        when_busy: WhenBusy = "finish",
+        activate: bool = True,
+    ) -> Resident:
+        """Load and wait until ready. Raises what `begin_load` and the load itself raise. See `begin_load`."""
+        resident = await self.begin_load(
+            model_id, loader, options, keep_others=keep_others, when_busy=when_busy, activate=activate
+        )
+        return await self.wait(resident.id)
+
+    async def begin_load(
+        self,
+        model_id: str,
+        loader: str | None = None,
+        options: Mapping[str, Any] | None = None,
+        *,
+        keep_others: bool | None = False,
+        when_busy: WhenBusy = "finish",
+        activate: bool = True,
+    ) -> Resident:
+        """Start loading and return at once; `wait` waits. A second load of the same joins the first.
+
+        `keep_others`: False replaces the other models, True keeps them, None keeps them while memory allows (the least
+        recently used go first). `when_busy` says what becomes of answers still running on a replaced model: they finish,
+        are cancelled, or ("beside") the old model stays. Raises ModelNotFound, IncompatibleModel, InvalidParameter.
+        """
+        model = await asyncio.to_thread(self._library.find, model_id)
+        spec = select(model, self._specs.values(), self._environment, loader)
+        saved = self._model_options(model.id, spec.name)
+        complete = complete_options(spec, saved, options)
+        self._check_open()
+        place = self._same(model, spec, complete, explicit=loader is not None or options is not None)
+        keep = True if when_busy == "beside" else keep_others
+        if place is None:
+            place = Place(f"r{next(self._ids)}", model, spec, complete, self._changed)
+            self._places[place.id] = place
+            self._forget_failed(model.id)
+            place.load_task = self._spawn(self._run_load(place, keep, when_busy, activate))
+            if activate:
+                self._incoming = place
+        elif activate:
+            if place.state == "ready":
+                self._make_active(place)
+                if keep is False:
+                    self._remove_later(self._others(place), when_busy)
+            else:
+                self._incoming = place
+        self._changed()
+        return place.view()
+
+    async def wait(self, resident_id: str) -> Resident:
+        """Until this model is ready. Raises why it is not."""
+        place = self._place(resident_id)
+        if place.load_task is not None:
+            await asyncio.shield(place.load_task)
+        return place.view()
+
+    async def activate(self, resident_id: str) -> Resident:
+        """Let the chats use this one."""
+        place = self._place(resident_id)
+        if place.state == "loading":
+            self._incoming = place
+        elif place.state != "ready":
+            raise Conflict(f"{place.model.id} is not ready.", hint="Load it first.")
+        else:
+            self._make_active(place)
+        self._changed()
+        return place.view()
+
+    def _same(self, model: ModelFiles, spec: LoaderSpec, options: dict[str, Any], *, explicit: bool) -> Place | None:
+        for place in reversed(self._places.values()):
+            same_options = not explicit or (place.spec.name == spec.name and place.options == options)
+            if place.model.id == model.id and place.state in ("loading", "ready") and same_options:
+                return place
+        return None
+
+    async def _run_load(self, place: Place, keep: bool | None, when_busy: WhenBusy, activate: bool) -> None:
+        try:
+            async with self._loading:
+                await asyncio.to_thread(self._library.check, place.model)
+                replaced = self._replaced(place, keep)
+                place.memory_before = self._used()
+                await self._make_room(place, replaced, when_busy)
+                try:
+                    await self._start(place)
+                except LoadOutOfMemory:
+                    victims = replaced or [p for p in self._others(place) if p.state == "ready"]
+                    if not victims:
+                        raise
+                    log.info("memory ran out loading %s: unloading the others and trying again", place.model.id)
+                    await self._remove(victims, when_busy)
+                    await self._start(place)
+        except BaseException as error:
+            self._load_failed(place, error)
+            raise
+        if activate or self._incoming is place or (self._active_id is None and self._recall is None):
+            self._make_active(place)
+        if self._incoming is place:
+            self._incoming = None
+        self._remove_later([p for p in replaced if p.id in self._places], when_busy)
+        place.grant()
+        self._changed()
+
+    async def _start(self, place: Place) -> None:
+        """Spawn, load, ready. Leaves no worker behind when it fails."""
+        place.state, place.error = "loading", None
+        place.client = None
+        client = await self._start_worker(place.spec, lambda line: log.debug("worker %s: %s", place.id, line))
+        try:
+            if self._closed:
+                raise Conflict("The server is shutting down.")
+            place.client = client
+            client.on_death = lambda error: self._died(place, client, error)
+
+            def on_progress(progress: LoadProgress) -> None:
+                place.progress = progress
+                self._changed(soon=True)
+
+            place.info = await client.load(place.model.path, place.options, on_progress)
+        except BaseException:
+            client.on_death = None
+            place.client = None
+            await asyncio.shield(client.close())
+            raise
+        place.state, place.progress, place.was_ready = "ready", None, True
+        place.loaded_at = place.last_used = time.time()
+        place.memory_bytes = client.memory_bytes()
+        place.memory_after = self._used()
+
+    def _load_failed(self, place: Place, error: BaseException) -> None:
+        if self._incoming is place:
+            self._incoming = None
+        failure = error if isinstance(error, AppError) else None
+        if isinstance(error, asyncio.CancelledError):
+            failure = Conflict(f"Loading {place.model.id} was cancelled.", hint="Load it again when you need it.")
+            self._places.pop(place.id, None)
+            if self._active_id == place.id:
+                self._active_id = None
+        elif failure is None:
+            log.error("loading %s failed", place.model.id, exc_info=error)
+            failure = LoadError(f"Loading {place.model.id} failed: {type(error).__name__}.", hint="The log says more.")
+        place.state, place.progress, place.error = "failed", None, failure.to_wire()
+        place.dismiss(failure)
+        if place.id in self._places:
+            self._trim_failed()
+        self._changed()
+
+    # --- room -------------------------------------------------------------------------------------------------
+
+    def _others(self, place: Place) -> list[Place]:
+        return [p for p in self._places.values() if p is not place and p.state in ("ready", "loading", "unloading")]
+
+    def _replaced(self, place: Place, keep: bool | None) -> list[Place]:
+        if keep is True:
+            return []
+        ready = [p for p in self._others(place) if p.state == "ready"]
+        return ready if keep is False else [p for p in ready if p.model.id == place.model.id]
+
+    def _fits(self, place: Place) -> bool:
+        need = int(place.model.size_bytes * 1.15) + WORKER_OVERHEAD_BYTES
+        return need <= self._available()
+
+    async def _make_room(self, place: Place, replaced: list[Place], when_busy: WhenBusy) -> None:
+        """Unload before loading only where memory is short: first what is to be replaced, then the least recently used."""
+        if replaced and not self._fits(place):
+            await self._remove(replaced, when_busy)
+        while not self._fits(place):
+            ready = [p for p in self._others(place) if p.state == "ready"]
+            if not ready:
+                return  # the loader has the last word on whether it fits
+            victim = min(ready, key=lambda p: (p.busy, p.last_used or 0.0))
+            log.info("unloading %s to make room for %s", victim.model.id, place.model.id)
+            self._remember(victim)
+            await self._remove([victim], when_busy)
+
+    def _remember(self, place: Place) -> None:
+        """The chats' model goes for now; their next request brings it back, rather than another model answering."""
+        if place.id == self._active_id:
+            self._recall = (place.model.id, place.spec.name, place.options)
+            self._active_id = None
+
+    def _remove_later(self, places: list[Place], when_busy: WhenBusy) -> None:
+        for place in places:
+            self._begin_close(place, when_busy)
+
+    async def _remove(self, places: list[Place], when_busy: WhenBusy) -> None:
+        await asyncio.gather(*(asyncio.shield(self._begin_close(place, when_busy)) for place in places))
+
+    # --- unload -----------------------------------------------------------------------------------------------
+
+    async def unload(self, resident_id: str | None = None, when_busy: WhenBusy = "finish") -> dict[str, int]:
+        """Unload one model (None: the active one) and wait until its process is gone. A load in progress is cancelled.
+
+        Returns memory_before and memory_after: what the server and all its workers used, in bytes.
+        """
+        place = self._place(resident_id or self._active_id or (self._incoming.id if self._incoming else ""))
+        before = self._used()
+        if place.state == "loading" and place.load_task is not None:
+            place.load_task.cancel()
+            await asyncio.wait([place.load_task])
+        elif place.state == "failed":
+            self._drop(place)
+        else:
+            gone = NoModelLoaded(f"{place.model.id} was unloaded while this request waited.", hint="Load it and send it again.")
+            place.dismiss(gone)
+            await asyncio.shield(self._begin_close(place, when_busy))
+        self._recall = None
+        self._changed()
+        return {"memory_before": before, "memory_after": self._used()}
+
+    def _begin_close(self, place: Place, when_busy: WhenBusy) -> asyncio.Task[None]:
+        """Start to close, once; a later "cancel" hurries a close that waits for answers to finish."""
+        if place.close_task is None:
+            place.state = "unloading"
+            place.dismiss()
+            place.close_task = self._spawn(self._close_place(place))
+            self._changed()
+        if when_busy == "cancel":
+            place.cancel_all()
+            asyncio.get_running_loop().call_later(CANCEL_GRACE_S, place.abandon)
+        return place.close_task
+
+    async def _close_place(self, place: Place) -> None:
+        await place.drain()
+        if place.client is not None:
+            place.client.on_death = None
+            await place.client.close()
+            place.client = None
+        self._drop(place)
+        self._changed()
+
+    def _drop(self, place: Place) -> None:
+        self._places.pop(place.id, None)
+        if self._active_id == place.id:
+            ready = [p for p in self._places.values() if p.state == "ready"]
+            self._active_id = ready[-1].id if ready else None
+
+    # --- a worker died ----------------------------------------------------------------------------------------
+
+    def _died(self, place: Place, client: EngineClient, error: EngineDead) -> None:
+        if place.client is not client or place.state == "loading":
+            return  # `_start` sees it itself
+        log.error("the worker of %s died: %s", place.model.id, error)
+        place.client = None
+        place.error = error.to_wire()
+        place.memory_bytes = None
+        self._spawn(client.close())
+        if place.state == "ready":
+            place.state = "failed"
+            place.dismiss()
+        self._changed()
+
+    def _restart(self, place: Place) -> None:
+        """Load a crashed model again, at most RESTARTS times in RESTART_WINDOW_S. Raises its error after that."""
+        now = time.monotonic()
+        place.restarts = [t for t in place.restarts if now - t < RESTART_WINDOW_S]
+        if not place.was_ready or len(place.restarts) >= RESTARTS:
+            error = error_from_wire(place.error or {})
+            if place.was_ready:
+                error.hint = f"It crashed {len(place.restarts) + 1} times in a minute. Load it again, or choose another backend."
+            raise error
+        place.restarts.append(now)
+        place.state = "loading"
+        place.load_task = self._spawn(self._run_load(place, True, "finish", place.id == self._active_id))
+        self._changed()
+
+    # --- leases -----------------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def lease(self, model_id: str | None = None, on_position: OnPosition | None = None) -> AsyncIterator[Lease]:
+        """Wait for the model (loading it where the policy allows) and for a slot on its worker, in order of arrival.
+
+        None is the active model. `on_position(position, estimate_s)` tells where in the queue. Raises NoModelLoaded,
+        ModelNotFound or the model's load error.
+        """
+        sequence = next(self._arrivals)
+        lease: Lease | None = None
+        while lease is None:
+            place = await self._resolve(model_id)
+            ticket = Ticket(sequence, model_id is not None, on_position)
+            place.enqueue(ticket)
+            try:
+                lease = await ticket.future
+            except BaseException:
+                place.withdraw(ticket)
+                if ticket.future.done() and not ticket.future.cancelled() and not ticket.future.exception():
+                    granted = ticket.future.result()
+                    if granted is not None:  # granted and cancelled in the same turn
+                        place.release(granted)
+                raise
+        try:
+            self._changed()
+            yield lease
+        finally:
+            lease.place.release(lease)
+
+    async def resolve(self, model_id: str | None = None) -> Resident:
+        """The ready model a request for `model_id` would run on now, loaded first where the policy allows; takes no slot."""
+        return (await self._resolve(model_id)).view()
+
+    async def _resolve(self, model_id: str | None) -> Place:
+        while True:
+            self._check_open()
+            place = self._find(model_id)
+            if place is None and model_id is not None:
+                place = await self._load_for_request(model_id)
+            elif place is None:
+                place = await self._recall_active()
+            if place.state == "ready":
+                return place
+            if place.state == "failed":
+                self._restart(place)
+            assert place.load_task is not None
+            try:
+                await asyncio.shield(place.load_task)
+            except asyncio.CancelledError:
+                if not place.load_task.cancelled():
+                    raise  # it is this request that was cancelled
+                raise error_from_wire(place.error or {}) from None
+            except AppError:
+                # A failed switch leaves the old model serving those who named none.
+                if model_id is not None or self._find(None) in (None, place):
+                    raise
+
+    def _find(self, model_id: str | None) -> Place | None:
+        if model_id is None:
+            if self._incoming is not None:
+                return self._incoming
+            place = self._places.get(self._active_id or "")
+            return place if place is not None and place.state != "unloading" else None
+        order = {"ready": 0, "loading": 1, "failed": 2}
+        named = [p for p in self._places.values() if model_id in (p.model.id, p.id) and p.state in order]
+        return min(reversed(named), key=lambda p: order[p.state], default=None)
+
+    async def _load_for_request(self, model_id: str) -> Place:
+        model = await asyncio.to_thread(self._library.find, model_id)
+        resident = self._find(model.id)  # a client may write the name another way
+        if resident is not None:
+            return resident
+        if model.problem:
+            raise ModelNotFound(f"{model.id} can't be loaded: {model.problem}")
+        if self.switch_policy == "off":
+            raise ModelNotFound(f"The model {model.id} is not loaded.", hint="Load it in the page, or start with --model-switch on.")
+        if self.switch_policy == "ask":
+            self._events.publish("notice", {"level": "info", "text": f"A client asks for the model {model.id}: load it?"})
+            raise Conflict(f"The model {model.id} is not loaded; its operator was asked.", hint="Try again once it is loaded.")
+        loading = await self.begin_load(model.id, keep_others=None, activate=False)
+        return self._place(loading.id)
+
+    async def _recall_active(self) -> Place:
+        if self._recall is None:
+            failed = [p for p in self._places.values() if p.state == "failed" and p.error]
+            why = f" The last load failed: {failed[-1].error['message']}" if failed and failed[-1].error else ""
+            raise NoModelLoaded(f"No model is loaded.{why}", hint="Load one in the web page's model menu.")
+        model, loader, options = self._recall
+        resident = await self.begin_load(model, loader, options, keep_others=None)
+        return self._place(resident.id)
+
+    # --- idle unload, shutdown --------------------------------------------------------------------------------
+
+    def watch_idle(self) -> None:
+        """Start unloading models that nobody used for `idle_timeout_s` (0: never)."""
+        if self.idle_timeout_s > 0 and self._idle_task is None:
+            self._idle_task = self._spawn(self._idle_loop())
+
+    async def _idle_loop(self) -> None:
+        while True:
+            await asyncio.sleep(min(15.0, max(0.05, self.idle_timeout_s / 4)))
+            self.unload_idle(time.time())
+
+    def unload_idle(self, now: float) -> None:
+        """Unload what has been idle; the next request for it loads it again."""
+        for place in list(self._places.values()):
+            if place.state == "ready" and not place.busy and now - (place.last_used or now) >= self.idle_timeout_s:
+                self._remember(place)
+                self._begin_close(place, "finish")
+
+    async def close(self) -> None:
+        """End every load and worker; waits until the processes are gone."""
+        self._closed = True
+        self._incoming = None
+        for place in list(self._places.values()):
+            place.dismiss(NoModelLoaded("The server is shutting down."))
+            place.cancel_all()
+        if self._idle_task is not None:
+            self._idle_task.cancel()
+        loads = [p.load_task for p in self._places.values() if p.load_task is not None]
+        for task in loads:
+            task.cancel()
+        places = list(self._places.values())
+        closing = [self._begin_close(p, "finish") for p in places if p.client is not None and p.state != "loading"]
+        for place in places:
+            place.abandon()
+        if pending := {*loads, *closing}:
+            await asyncio.wait(pending)
+        self._places.clear()
+        self._active_id = None
+        if self._publish_timer is not None:
+            self._publish_timer.cancel()
+
+    # --- small things -----------------------------------------------------------------------------------------
+
+    def _place(self, resident_id: str) -> Place:
+        place = self._places.get(resident_id) or self._find(resident_id)
+        if place is None:
+            raise NoModelLoaded("No model is loaded." if not resident_id else "That model is not loaded.", hint="Load one first.")
+        return place
+
+    def _make_active(self, place: Place) -> None:
+        self._active_id = place.id
+        self._recall = None
+        if self.on_active is not None:
+            self.on_active(place.view())
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise NoModelLoaded("The server is shutting down.")
+
+    def _forget_failed(self, model_id: str) -> None:
+        """A new attempt replaces the card of the failed one."""
+        for place in [p for p in self._places.values() if p.state == "failed" and p.model.id == model_id]:
+            self._drop(place)
+
+    def _trim_failed(self) -> None:
+        failed = [p for p in self._places.values() if p.state == "failed" and p.id != self._active_id]
+        for place in failed[:-FAILED_CARDS]:
+            self._drop(place)
+
+    def _used(self, max_age_s: float = 0.0) -> int:
+        """Memory of the server and all its workers. Walking the process tree takes milliseconds, hence the age."""
+        now = time.monotonic()
+        if max_age_s and now - self._used_cache[0] < max_age_s:
+            return self._used_cache[1]
+        total = process_bytes()
+        for place in self._places.values():
+            if place.client is not None:
+                place.memory_bytes = place.client.memory_bytes()
+                total += place.memory_bytes or 0
+        self._used_cache = (now, total)
+        return total
+
+    def _spawn(self, coroutine: Any) -> asyncio.Task[Any]:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._reap)
+        return task
+
+    def _reap(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None and not isinstance(error, AppError):
+            log.error("a model task failed", exc_info=error)
+
+    def _changed(self, *, soon: bool = False) -> None:
+        """Tell the pages, at most every PROGRESS_EVERY_S."""
+        if self._publish_timer is not None or self._closed:
+            return
+        loop = asyncio.get_running_loop()
+        wait = self._publish_at - loop.time()
+        self._publish_timer = loop.call_later(max(wait, 0.01 if soon else 0.0), self._publish)
+
+    def _publish(self) -> None:
+        self._publish_timer = None
+        self._publish_at = asyncio.get_running_loop().time() + PROGRESS_EVERY_S
+        if self._events.subscribers:
+            self._events.publish("models", self.snapshot(), key="models")
