@@ -60,7 +60,7 @@ def likeliest(values: Floats, count: int) -> Indices:
 def repetition_penalty(logits: Floats, seen: Indices, penalty: float) -> Floats:
     """Keskar et al. 2019 (CTRL), in the form of HF transformers: a seen token's positive logit is divided by the penalty, a
     negative one multiplied. `seen` are positions without repeats."""
-    out = logits.copy()
+    out: Floats = logits.copy()
     chosen = out[seen]
     out[seen] = np.where(chosen < 0, chosen * penalty, chosen / penalty)
     return out
@@ -68,7 +68,7 @@ def repetition_penalty(logits: Floats, seen: Indices, penalty: float) -> Floats:
 
 def additive_penalty(logits: Floats, seen: Indices, counts: NDArray[np.integer], presence: float, frequency: float) -> Floats:
     """OpenAI's presence (once) and frequency (per occurrence) penalties: logit - presence - frequency * count."""
-    out = logits.copy()
+    out: Floats = logits.copy()
     out[seen] -= (presence + frequency * counts).astype(out.dtype)
     return out
 
@@ -214,7 +214,7 @@ def eta_cutoff(logits: Floats, epsilon: float) -> Indices:
 
 
 def tail_free(logits: Floats, z: float) -> Indices:
-    """Tail-free sampling (Bricken 2019): cut the sorted probabilities where the normalised |second derivative| has summed to z."""
+    """Tail-free sampling (Bricken 2019): cut the sorted probabilities where their |second derivative|, as shares, has summed to z."""
     probs = softmax(logits)
     order = _descending(probs)
     if order.size < 3:
@@ -244,7 +244,7 @@ def xtc(logits: Floats, threshold: float, protected: Iterable[int]) -> Indices:
 
 
 def mirostat_1(logits: Floats, mu: float, vocab_size: int) -> Indices:
-    """Mirostat (Basu et al. 2020): the k likeliest, with k from the Zipf exponent estimated on the head and the aim `mu` (bits)."""
+    """Mirostat (Basu et al. 2020): the k likeliest, with k from the head's Zipf exponent and the aim `mu` (bits)."""
     probs = softmax(logits)
     head = likeliest(probs, MIROSTAT_M)
     sorted_probs = probs[head].astype(np.float64)

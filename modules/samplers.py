@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from modules import sampler_math as sm
 from modules import sampling
@@ -31,8 +30,8 @@ SUPPORTED = frozenset(sampling.PARAMETERS) - {
 _TEMPERATURES = ("temperature", "dynamic_temperature", "quadratic_sampling")
 # Parameters that only choose among likely tokens: greedy takes the likeliest whatever they say.
 _CHOOSERS = frozenset(
-    ("top_k", "top_p", "min_p", "typical_p", "tfs", "top_a", "epsilon_cutoff", "eta_cutoff", "top_n_sigma")
-    + ("xtc_probability", "dynamic_temperature", "smoothing_factor", "mirostat_mode", "adaptive_target")
+    "top_k top_p min_p typical_p tfs top_a epsilon_cutoff eta_cutoff top_n_sigma xtc_probability dynamic_temperature "
+    "smoothing_factor mirostat_mode adaptive_target".split()
 )
 _GREEDY = "Temperature 0 always takes the likeliest token."
 
@@ -66,7 +65,7 @@ class _Candidates:
 
     def __init__(self, logits: sm.Floats) -> None:
         self.logits = logits
-        self.ids: NDArray[np.integer] | None = None
+        self.ids: sm.Indices | None = None
 
     def keep(self, positions: sm.Indices) -> None:
         if positions.size == self.logits.size:
@@ -74,7 +73,7 @@ class _Candidates:
         self.ids = positions if self.ids is None else self.ids[positions]
         self.logits = self.logits[positions]
 
-    def positions(self, tokens: NDArray[np.integer]) -> tuple[sm.Indices, sm.Indices]:
+    def positions(self, tokens: sm.Indices) -> tuple[sm.Indices, sm.Indices]:
         """(positions of those of `tokens` still here, the index of each in `tokens`). `tokens` has no repeats."""
         if self.ids is None:
             return tokens, np.arange(tokens.size)
@@ -123,11 +122,11 @@ class SamplerChain:
         self._protected = frozenset(protected_ids)
         self._rng = np.random.default_rng(self.seed)
         self._mu = 2 * float(supported.get("mirostat_tau", sampling.PARAMETERS["mirostat_tau"].neutral))
-        self._mirostat: tuple[NDArray[np.integer] | None, sm.Floats] | None = None
+        self._mirostat: tuple[sm.Indices | None, sm.Floats] | None = None
         decay = self._value("adaptive_decay")
         self._adaptive_sum = self._value("adaptive_target") / (1 - decay)
         self._adaptive_weight = 1 / (1 - decay)
-        self._adaptive: tuple[NDArray[np.integer] | None, sm.Floats] | None = None
+        self._adaptive: tuple[sm.Indices | None, sm.Floats] | None = None
         self._breakers = self._breaker_ids(token_text) if "dry_multiplier" in self._on else frozenset()
         self._bias = self._bias_arrays()
         self._steps = self._build(supported)
@@ -141,7 +140,7 @@ class SamplerChain:
         if self._needs_history:
             self._history = np.empty(self._length + 1024, dtype=np.int64)
             self._history[: self._length] = prompt_ids
-        self._window: tuple[NDArray[np.integer], NDArray[np.integer]] | None = None
+        self._window: tuple[sm.Indices, sm.Indices] | None = None
 
     @property
     def is_argmax(self) -> bool:
@@ -187,7 +186,7 @@ class SamplerChain:
     def _value(self, name: str) -> float:
         return float(self._on.get(name, sampling.PARAMETERS[name].neutral))
 
-    def _bias_arrays(self) -> tuple[NDArray[np.integer], NDArray[np.floating]] | None:
+    def _bias_arrays(self) -> tuple[sm.Indices, sm.Floats] | None:
         bias = {int(token): value for token, value in self._on.get("logit_bias", {}).items() if int(token) < self._vocab_size}
         if not bias:
             return None
@@ -215,11 +214,11 @@ class SamplerChain:
 
     # --- one step each --------------------------------------------------------------------------------------
 
-    def _text(self, window: int) -> NDArray[np.integer]:
+    def _text(self, window: int) -> sm.Indices:
         start = max(self._length - window, 0) if window > 0 else 0
         return self._history[start : self._length]
 
-    def _counted(self) -> tuple[NDArray[np.integer], NDArray[np.integer]]:
+    def _counted(self) -> tuple[sm.Indices, sm.Indices]:
         """(tokens of the penalty window, how often each occurs), once per token."""
         if self._window is None:
             self._window = np.unique(self._text(int(self._on.get("repetition_penalty_range", 0))), return_counts=True)
@@ -326,7 +325,7 @@ class SamplerChain:
         return int(np.searchsorted(mass, self._rng.random() * mass[-1], side="right"))
 
 
-def _probability(remembered: tuple[NDArray[np.integer] | None, sm.Floats], token: int) -> float:
+def _probability(remembered: tuple[sm.Indices | None, sm.Floats], token: int) -> float:
     ids, probs = remembered
     if ids is None:
         return float(probs[token])
