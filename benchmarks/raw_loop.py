@@ -1,0 +1,96 @@
+"""The library's own loop, in the main thread of a process of its own: what the product's overhead is measured against.
+
+Runs in a backend's environment, stdlib and the backend only. Reads one JSON line per run from stdin
+{"prompt", "tokens"}, answers one JSON line {"tokens", "decode_tok_s", "ttft_s", "total_s"}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+Run = Callable[[str, int], list[float]]
+
+
+def llama_cpp(model: str, threads: int, context: int) -> Run:
+    from llama_cpp import Llama
+
+    llm = Llama(model, n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False)
+
+    def run(prompt: str, tokens: int) -> list[float]:
+        llm.reset()
+        stamps = []
+        ids = llm.tokenize(prompt.encode("utf-8"), add_bos=False, special=True)
+        for token in llm.generate(ids, temp=0.0):
+            llm.detokenize([token])
+            stamps.append(time.perf_counter())
+            if len(stamps) == tokens:
+                break
+        return stamps
+
+    return run
+
+
+def transformers(model: str, threads: int, context: int) -> Run:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.generation.streamers import BaseStreamer
+
+    torch.set_num_threads(threads)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    lm = AutoModelForCausalLM.from_pretrained(model, dtype=os.environ.get("RAW_DTYPE", "auto"))
+
+    class Stamps(BaseStreamer):
+        def __init__(self) -> None:
+            self.stamps: list[float] = []
+
+        def put(self, value: Any) -> None:
+            if value.numel() == 1:
+                tokenizer.decode(value)
+                self.stamps.append(time.perf_counter())
+
+        def end(self) -> None:
+            pass
+
+    def run(prompt: str, tokens: int) -> list[float]:
+        streamer = Stamps()
+        ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+        with torch.inference_mode():
+            lm.generate(**ids, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens, streamer=streamer, pad_token_id=0)
+        return streamer.stamps
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("engine", choices=["llama_cpp", "transformers"])
+    parser.add_argument("model")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--context", type=int, default=2048)
+    arguments = parser.parse_args()
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    make = {"llama_cpp": llama_cpp, "transformers": transformers}[arguments.engine]
+    run = make(arguments.model, arguments.threads, arguments.context)
+    print("{}", file=answers, flush=True)
+    for line in sys.stdin:
+        order = json.loads(line)
+        started = time.perf_counter()
+        stamps = run(order["prompt"], order["tokens"])
+        result = {
+            "tokens": len(stamps),
+            "decode_tok_s": (len(stamps) - 1) / (stamps[-1] - stamps[0]),
+            "ttft_s": stamps[0] - started,
+            "total_s": stamps[-1] - started,
+        }
+        print(json.dumps(result), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
