@@ -1,0 +1,69 @@
+"""FlexGen's weights: a folder with one NumPy array per tensor, named after the tensor."""
+
+from __future__ import annotations
+
+import ast
+import math
+from pathlib import Path
+
+from modules.detect.draft import Draft, folder_files
+from modules.detect.sniff import kind_of, numpy_header
+from modules.errors import CorruptModel, UnsafeModel
+
+_EMBEDDING = "decoder.embed_tokens.weight"
+_FIRST_LAYER = "decoder.layers.0.self_attn.q_proj.weight"
+
+
+def is_flexgen(files: dict[str, int], folder: Path) -> bool:
+    """Whether the arrays FlexGen reads first are there, and arrays they are."""
+    name = next((name for name in (_EMBEDDING, _EMBEDDING + ".npy") if name in files), None)
+    if name is None:
+        return False
+    with (folder / name).open("rb") as file:
+        return kind_of(file.read(16)) == "npy"
+
+
+def examine_flexgen(path: Path, draft: Draft) -> None:
+    """Fill `draft`; raise UnsafeModel for an array of Python objects, CorruptModel for one that is cut."""
+    draft.format = "flexgen"
+    draft.architecture = "OPTForCausalLM"
+    files = folder_files(path)
+    draft.files = list(files)
+    draft.size_bytes = sum(files.values())
+    draft.parameters = 0
+    for name, size in files.items():
+        if not name.startswith("decoder."):
+            continue
+        shape = _shape(path / name, size)
+        draft.parameters += math.prod(shape)
+        if name.startswith(_EMBEDDING) and shape:
+            draft.vocab_size = shape[0]
+        if name.startswith("decoder.embed_positions") and shape:
+            draft.context_length = max(shape[0] - 2, 1)  # OPT's table has two rows for padding
+    if not any(name.startswith(_FIRST_LAYER) for name in files):
+        raise CorruptModel(f"{_FIRST_LAYER} is missing from the folder.", hint="Convert the OPT model for FlexGen again.")
+
+
+def _shape(path: Path, size: int) -> tuple[int, ...]:
+    with path.open("rb") as file:
+        head = file.read(4096)
+    text = numpy_header(head) if kind_of(head) == "npy" else None
+    try:
+        header = ast.literal_eval(text) if text else None
+        if not isinstance(header, dict):
+            raise ValueError("no header")
+        descr, shape = str(header["descr"]), tuple(header["shape"])
+        width = int(descr[2:])
+        expected = math.prod(shape) * width
+    except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError) as error:
+        if text and "O" in text.split("fortran")[0]:
+            raise UnsafeModel(
+                f"{path.name} is an array of Python objects, which can run code when it is opened.",
+                hint="Convert the model again.",
+            ) from error
+        raise CorruptModel(f"{path.name} is no NumPy array or is cut.", hint="Convert the model again.") from error
+    if any(type(side) is not int or side < 0 for side in shape) or size < expected:
+        raise CorruptModel(
+            f"{path.name}: file incomplete: {size:,} of at least {expected:,} bytes.", hint="Convert the model again."
+        )
+    return shape
