@@ -1,0 +1,114 @@
+"""Write the generated parts of the documentation; `--check` only says whether they are current.
+
+A generated part stands between `<!-- generated: NAME -->` and `<!-- end: NAME -->` in any Markdown file of the project.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from modules.errors import error_classes  # noqa: E402
+from modules.registry import FORMAT_NAMES, discover  # noqa: E402
+from modules.sampling import PARAMETERS  # noqa: E402
+
+PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |\n" for line in lines)
+
+
+def loaders() -> str:
+    """The backends, as their specs declare them."""
+    rows = []
+    for spec in discover().values():
+        takes = ", ".join(FORMAT_NAMES[f] for f in sorted(spec.formats, key=lambda f: -spec.formats[f]))
+        rows.append([f"`{spec.name}`", spec.title, takes, spec.summary, str(len(spec.samplers)), ", ".join(sorted(spec.features)) or "–"])
+    return table(["name", "backend", "takes", "what it is", "samplers", "features"], rows)
+
+
+def options() -> str:
+    """Every load option of every loader."""
+    parts = []
+    for spec in discover().values():
+        rows = [
+            [f"`{o.name}`", ", ".join(f"`{a}`" for a in o.aliases), o.kind if not o.choices else " \\| ".join(o.choices), f"`{o.default}`", o.help]
+            for o in spec.options
+        ]
+        parts.append(f"### {spec.title}\n\n" + table(["option", "also", "kind", "default", "what it does"], rows))
+    return "\n".join(parts)
+
+
+def parameters() -> str:
+    """The sampling parameters and who honours them."""
+    specs = discover().values()
+    rows = []
+    for p in PARAMETERS.values():
+        span = "" if p.minimum is None else f"{p.minimum:g} to {p.maximum:g}" if p.maximum is not None else f"from {p.minimum:g}"
+        who = [spec.name for spec in specs if p.name in spec.samplers]
+        rows.append([f"`{p.name}`", ", ".join(f"`{a}`" for a in p.aliases), f"`{p.neutral}`", span, p.help, ", ".join(who) or "–"])
+    return table(["parameter", "also", "off at", "range", "what it does", "loaders"], rows)
+
+
+def errors() -> str:
+    """Codes and statuses."""
+    rows = [[f"`{c.code}`", str(c.http_status), c.openai_type, c.__name__] for c in error_classes()]
+    return table(["code", "HTTP", "type", "class"], rows)
+
+
+def figures() -> str:
+    """What benchmarks/results holds, in one table."""
+    rows = []
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        shown = "; ".join(f"{key} {_short(value)}" for key, value in result["figures"].items())
+        rows.append([f"`{result['benchmark']}`", f"`{result['command']}`", shown, f"{result['hardware']['cpu']}, {result['hardware']['cores']} cores"])
+    return table(["benchmark", "command", "figures", "hardware"], rows)
+
+
+def _short(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, (dict, list)) else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+GENERATORS: dict[str, Callable[[], str]] = {
+    "loaders": loaders,
+    "options": options,
+    "parameters": parameters,
+    "errors": errors,
+    "figures": figures,
+}
+
+
+def renewed(text: str) -> str:
+    """`text` with every generated part made anew."""
+    return PART.sub(lambda part: f"{part[1]}{GENERATORS[part[2]]()}{part[3]}", text)
+
+
+def documents() -> list[Path]:
+    return [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "loaders").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]
+
+
+def stale() -> list[Path]:
+    return [p for p in documents() if renewed(text := p.read_text(encoding="utf-8")) != text]
+
+
+def main() -> int:
+    changed = stale()
+    for path in changed:
+        print(f"{'stale' if '--check' in sys.argv else 'written'}: {path.relative_to(ROOT)}")
+        if "--check" not in sys.argv:
+            path.write_text(renewed(path.read_text(encoding="utf-8")), encoding="utf-8")
+    return 1 if changed and "--check" in sys.argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

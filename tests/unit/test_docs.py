@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.conftest import ROOT
+
+
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generated_parts_are_current() -> None:
+    stale = [str(p.relative_to(ROOT)) for p in generator().stale()]
+    assert stale == [], "run `python docs/generate.py`"
+
+
+def test_a_part_is_replaced_and_the_rest_kept() -> None:
+    text = "before\n<!-- generated: errors -->\nold\n<!-- end: errors -->\nafter\n"
+    renewed = generator().renewed(text)
+    assert renewed.startswith("before\n") and renewed.endswith("<!-- end: errors -->\nafter\n")
+    assert "worker_crashed" in renewed and "old" not in renewed
+
+
+LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)")
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").rglob("*.md")), ids=lambda p: p.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    for target in LINK.findall(path.read_text(encoding="utf-8")):
+        assert (path.parent / target).exists(), f"{path.name} links to {target}, which is not there"
