@@ -1,0 +1,106 @@
+// The box one types into: grows with its text, keeps a draft per chat, turns into Stop while an answer is written.
+
+import { h, isPhone, local } from './dom.js';
+import { icon } from './icons.js';
+
+export class Composer {
+  /** `onsend(text)` resolves to true when the text was accepted; only then the box is emptied. */
+  constructor({ onsend, onstop, oneditlast }) {
+    this.onsend = onsend;
+    this.busy = false;
+    this.sending = false;
+    this.key = 'new';
+    this.area = h('textarea', {
+      rows: 1, placeholder: 'Message…', 'aria-label': 'Message', dir: 'auto', 'data-testid': 'composer', autocomplete: 'off', enterkeyhint: 'send',
+    });
+    this.sendButton = h('button', { type: 'submit', class: 'sy-send', 'aria-label': 'Send', title: 'Send (Enter)', 'data-testid': 'send' }, icon('send', 20));
+    this.stopButton = h(
+      'button',
+      { type: 'button', class: 'sy-send sy-stop', 'aria-label': 'Stop', title: 'Stop (Esc)', 'data-testid': 'stop', hidden: true, onclick: onstop },
+      icon('stop', 20),
+    );
+    this.hint = h('div', { class: 'sy-composer-hint' });
+    this.element = h(
+      'form',
+      { class: 'sy-composer' },
+      h('div', { class: 'sy-composer-box' }, this.area, this.sendButton, this.stopButton),
+      this.hint,
+    );
+    this.element.addEventListener('submit', (event) => {
+      event.preventDefault();
+      this.submit();
+    });
+    this.area.addEventListener('keydown', (event) => {
+      if (event.key === 'Enter' && !event.shiftKey && !event.isComposing && !(isPhone() && matchMedia('(pointer: coarse)').matches)) {
+        event.preventDefault();
+        this.submit();
+      } else if (event.key === 'ArrowUp' && !this.area.value && !event.altKey) {
+        event.preventDefault();
+        oneditlast();
+      }
+    });
+    this.area.addEventListener('input', () => {
+      this.#fit();
+      local.set(`sy-draft-${this.key}`, this.area.value);
+    });
+  }
+
+  async submit() {
+    const text = this.area.value;
+    if (!text.trim() || this.busy || this.sending) return;
+    this.sending = true;
+    this.#buttons();
+    const key = this.key;
+    let accepted = false;
+    try {
+      accepted = await this.onsend(text);
+    } finally {
+      this.sending = false;
+      this.#buttons();
+    }
+    if (!accepted) return;
+    local.set(`sy-draft-${key}`, null);
+    if (this.area.value === text) {
+      this.area.value = '';
+      local.set(`sy-draft-${this.key}`, null);
+      this.#fit();
+    }
+  }
+
+  /** Switch to another chat's draft. */
+  open(key) {
+    if (key === this.key && this.area.value) return;
+    this.key = key;
+    this.area.value = local.get(`sy-draft-${key}`, '');
+    this.#fit();
+  }
+
+  fill(text) {
+    this.area.value = text;
+    this.area.dispatchEvent(new Event('input'));
+    this.focus();
+  }
+
+  setBusy(busy) {
+    if (this.busy === busy) return;
+    const hadFocus = document.activeElement === this.stopButton || document.activeElement === this.sendButton;
+    this.busy = busy;
+    this.#buttons();
+    if (hadFocus) this.area.focus();
+  }
+
+  #buttons() {
+    this.sendButton.hidden = this.busy;
+    this.sendButton.disabled = this.sending;
+    this.stopButton.hidden = !this.busy;
+  }
+
+  focus() {
+    this.area.focus();
+  }
+
+  #fit() {
+    this.area.style.height = 'auto';
+    this.area.style.height = `${Math.min(this.area.scrollHeight, Math.max(120, innerHeight * 0.35))}px`;
+  }
+}

@@ -1,0 +1,227 @@
+// The frame around Gradio's pages: top bar, page switch, model state, parameter panel, install progress.
+
+import { on, post } from './api.js';
+import { openDialog } from './dialog.js';
+import { bytes, h, isPhone, local } from './dom.js';
+import { icon, logo } from './icons.js';
+import { activeResident, loaderTitle, loadingResident, loadModel, modelName, models, unloadModel, watchModels } from './models.js';
+import { InstallBar } from './installs.js';
+import { saveSetting, saveSampling } from './settings.js';
+import { setTheme, theme, THEMES, watchTheme } from './theme.js';
+import { fail, toast } from './toast.js';
+
+const PAGES = [['chat', 'Chat', 'chat'], ['models', 'Models', 'cube'], ['settings', 'Settings', 'gear']];
+
+class Shell {
+  constructor(root, trigger) {
+    this.trigger = trigger;
+    this.lamp = h('span', { class: 'sy-lamp' });
+    this.words = h('span', { class: 'sy-state-words', dir: 'auto' });
+    this.state = h('button', { type: 'button', class: 'sy-state', 'data-testid': 'model-state', onclick: () => this.#stateClicked() }, this.lamp, this.words, icon('chevron', 16));
+    this.progress = h('div', { class: 'sy-load-progress', role: 'progressbar', 'aria-label': 'Loading the model', hidden: true }, h('div'));
+    this.nav = h('nav', { class: 'sy-nav', 'aria-label': 'Pages' }, PAGES.map(([page, label, symbol]) =>
+      h('button', { type: 'button', 'data-page': page, 'data-testid': `page-${page}`, onclick: () => this.page(page) }, icon(symbol, 18), h('span', {}, label))));
+    this.themeButton = h('button', { type: 'button', class: 'sy-icon-button', 'data-testid': 'theme', onclick: () => this.#nextTheme() });
+    this.paramsButton = h('button', { type: 'button', class: 'sy-icon-button sy-params-button', 'aria-label': 'Parameters', title: 'Parameters (Alt+P)', 'data-testid': 'parameters', 'aria-expanded': 'false', onclick: () => this.params() }, icon('sliders', 20));
+    root.replaceChildren(
+      h('button', { type: 'button', class: 'sy-icon-button sy-phone', 'aria-label': 'Chats', 'data-testid': 'drawer', onclick: () => this.#drawer() }, icon('menu', 22)),
+      h('a', { class: 'sy-brand', href: '#', 'aria-label': 'Switchyard', onclick: (event) => { event.preventDefault(); this.page('chat'); } }, logo(28), h('span', {}, 'Switchyard')),
+      this.nav,
+      h('span', { class: 'sy-gap' }),
+      this.state,
+      this.paramsButton,
+      this.themeButton,
+      this.progress,
+    );
+    this.installs = new InstallBar();
+    document.querySelector('#sy-shell').after(this.installs.element);
+    this.offline = h('div', { class: 'sy-offline', role: 'alert', hidden: true }, icon('warning', 18), 'The server does not answer. What you type is kept; this page reconnects by itself.');
+    document.body.append(this.offline);
+    on('offline', () => (this.offlineTimer ??= setTimeout(() => (this.offline.hidden = false), 2500)));
+    on('online', () => this.#online());
+    on('settings', () => this.trigger('settings_changed'));
+    on('presets', () => this.trigger('settings_changed'));
+    document.addEventListener('keydown', (event) => {
+      if (event.altKey && !event.ctrlKey && !event.metaKey && event.code === 'KeyP') {
+        event.preventDefault();
+        this.params();
+      }
+    });
+    watchTheme();
+    this.#drawTheme();
+    this.page('chat', false);
+    this.params(!isPhone() && innerWidth > 1400 && local.get('sy-params') === 'open', false);
+    watchModels(() => this.#drawModels());
+  }
+
+  #online() {
+    clearTimeout(this.offlineTimer);
+    this.offlineTimer = null;
+    this.offline.hidden = true;
+  }
+
+  // --- pages ---
+
+  page(name, press = true) {
+    if (press) document.querySelector(`#sy-page-${name}-button`)?.click();
+    document.body.dataset.syPage = name;
+    for (const button of this.nav.children) {
+      if (button.dataset.page === name) button.setAttribute('aria-current', 'page');
+      else button.removeAttribute('aria-current');
+    }
+  }
+
+  #drawer() {
+    if (document.body.dataset.syPage !== 'chat') this.page('chat');
+    else window.dispatchEvent(new Event('sy-drawer'));
+  }
+
+  params(open = !document.body.classList.contains('sy-params-open'), store = true) {
+    document.body.classList.toggle('sy-params-open', open);
+    this.paramsButton.setAttribute('aria-expanded', String(open));
+    const panel = document.querySelector('#sy-params');
+    if (panel) panel.inert = !open;
+    if (store) local.set('sy-params', open ? 'open' : null);
+  }
+
+  // --- theme ---
+
+  #nextTheme() {
+    setTheme(THEMES[(THEMES.indexOf(theme()) + 1) % THEMES.length]);
+    this.#drawTheme();
+  }
+
+  #drawTheme() {
+    const choice = theme();
+    this.themeButton.replaceChildren(icon({ system: 'system', light: 'sun', dark: 'moon' }[choice], 20));
+    const label = `Theme: ${choice === 'system' ? 'as the system' : choice}`;
+    this.themeButton.title = label;
+    this.themeButton.setAttribute('aria-label', label);
+  }
+
+  // --- model state ---
+
+  #drawModels() {
+    const resident = activeResident();
+    const loading = loadingResident();
+    const failed = models.state === 'failed' ? models.residents.find((item) => item.state === 'failed') : null;
+    const state = loading ? 'loading' : failed ? 'failed' : resident ? 'ready' : 'empty';
+    this.state.dataset.state = models.state === 'unknown' ? 'empty' : state;
+    document.body.dataset.syModel = state;
+    const fraction = loading?.progress?.fraction ?? null;
+    const percent = fraction === null ? '' : ` ${Math.round(fraction * 100)} %`;
+    const words = {
+      loading: () => `${loading.progress?.stage || 'Loading'}${percent}`,
+      failed: () => 'Load failed',
+      ready: () => `${modelName(resident)}${resident.memory_bytes ? ` · ${bytes(resident.memory_bytes)}` : ''}`,
+      empty: () => 'No model loaded',
+    }[state]();
+    this.words.textContent = words;
+    this.state.title = resident ? this.#memoryWords(resident) : words;
+    this.progress.hidden = state !== 'loading';
+    this.progress.classList.toggle('sy-unknown', fraction === null);
+    this.progress.firstChild.style.width = fraction === null ? '30%' : `${fraction * 100}%`;
+    if (fraction !== null) this.progress.setAttribute('aria-valuenow', Math.round(fraction * 100));
+    this.#refreshControls(state, resident);
+    this.#announceLoad(state, resident, failed);
+  }
+
+  #memoryWords(resident) {
+    const words = [`${modelName(resident)} on ${loaderTitle(resident.loader)}`];
+    if (resident.memory_bytes) words.push(`uses ${bytes(resident.memory_bytes)}`);
+    if (resident.memory_before && resident.memory_after) words.push(`memory before ${bytes(resident.memory_before)}, after ${bytes(resident.memory_after)}`);
+    return words.join(', ');
+  }
+
+  /** Gradio's dropdowns are read again only when something they show has changed. */
+  #refreshControls(state, resident) {
+    const seen = JSON.stringify([state, resident?.id, models.residents.map((item) => [item.id, item.state]), models.loaders.map((loader) => [loader.name, loader.ready, loader.installed])]);
+    if (seen === this.seen || models.state === 'unknown') return;
+    const first = this.seen === undefined;
+    this.seen = seen;
+    if (!first) this.trigger('models_changed');
+  }
+
+  #announceLoad(state, resident, failed) {
+    const key = `${state}:${resident?.id ?? failed?.id ?? ''}`;
+    const before = this.announced;
+    this.announced = key;
+    if (before === undefined || before === key) return;
+    if (state === 'ready' && before.startsWith('loading')) {
+      const { memory_before: from, memory_after: to } = resident;
+      toast(`${modelName(resident)} is ready.${from && to ? ` Memory: ${bytes(from)} before, ${bytes(to)} after.` : ''}`, { level: 'success' });
+    }
+    if (state === 'failed') this.#showFailure(failed);
+  }
+
+  #showFailure(resident) {
+    const error = resident.error || {};
+    const tail = error.detail?.stderr || error.detail?.stderr_tail || '';
+    openDialog({
+      title: `${modelName(resident)} did not load`,
+      body: h('div', { 'data-testid': 'load-failure' }, h('p', { dir: 'auto' }, error.message || 'The backend gave no reason.'), error.hint ? h('p', { class: 'sy-hint' }, error.hint) : '',
+        tail ? h('details', {}, h('summary', {}, 'Last lines of the backend'), h('pre', {}, Array.isArray(tail) ? tail.join('\n') : tail)) : ''),
+      actions: [{ label: 'Close', value: null, primary: true }],
+    });
+  }
+
+  #stateClicked() {
+    const failed = models.residents.find((item) => item.state === 'failed');
+    if (models.state === 'failed' && failed) this.#showFailure(failed);
+    else document.body.classList.toggle('sy-models-open');
+  }
+
+  // --- called by Gradio's buttons and dropdowns (see modules/ui/models.py) ---
+
+  async load(model, loader, options) {
+    if (!model) return toast('Choose a model first.', { level: 'warning' });
+    const body = { model };
+    if (loader) body.loader = loader;
+    if (options && Object.keys(options).length) body.options = options;
+    const busy = models.residents.filter((item) => item.active_requests > 0);
+    if (busy.length) {
+      const choice = await openDialog({
+        title: 'An answer is being written',
+        body: h('p', {}, `${modelName(busy[0])} is still at work. What should happen to its answer?`),
+        actions: [{ label: 'Stop it', value: 'cancel', danger: true }, { label: 'Load beside', value: 'beside' }, { label: 'Finish first', value: 'finish', primary: true }],
+        testid: 'switch-dialog',
+      });
+      if (!choice) return null;
+      body.when_busy = choice;
+    }
+    document.body.classList.remove('sy-models-open');
+    return loadModel(body);
+  }
+
+  async unload() {
+    const resident = activeResident() || models.residents[0];
+    if (!resident) return toast('No model is loaded.');
+    return unloadModel({ resident: resident.id });
+  }
+
+  async install(name) {
+    try {
+      await post(`loaders/${encodeURIComponent(name)}/install`);
+      toast(`Installing ${loaderTitle(name)} in the background.`);
+    } catch (error) {
+      fail(error);
+    }
+  }
+}
+
+/** Called by Gradio when the component is on the page. */
+export function mount({ element, trigger }) {
+  const root = element.querySelector('.sy-topbar');
+  if (root.dataset.mounted) return;
+  root.dataset.mounted = '1';
+  const shell = new Shell(root, trigger);
+  window.switchyard = {
+    page: (name) => shell.page(name),
+    params: (open) => shell.params(open),
+    load: (model, loader, options) => shell.load(model, loader, options),
+    unload: () => shell.unload(),
+    install: (name) => shell.install(name),
+    saveSetting,
+    saveSampling,
+  };
+}
