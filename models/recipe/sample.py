@@ -1,0 +1,94 @@
+"""Talk to the trained model and check its answers: ``python models/recipe/sample.py models/wren-6m``.
+
+Every prompt of ``checks.yaml`` is asked with and without a system prompt, greedily and at temperature 0.7. An answer
+is right if it holds the key phrases and ended by itself. ``--show`` prints the dialogues as Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+SYSTEM = "You are a helpful assistant."
+
+
+@dataclass(frozen=True)
+class Result:
+    """One dialogue: the user's turns, the answers, and whether the last answer is right and ended by itself."""
+
+    turns: list[str]
+    answers: list[str]
+    right: bool
+    ended: bool
+
+
+class Speaker:
+    """The model of a folder, answering conversations in float32."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def answer(self, messages: list[dict[str, str]], temperature: float) -> tuple[str, bool]:
+        """The next assistant message, and whether it ended with an end-of-turn token. Temperature 0 is greedy."""
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ids = self.tokenizer(text, return_tensors="pt").input_ids
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0} if temperature else {}
+        if not temperature:
+            sampling = {"do_sample": False, "temperature": None, "top_p": None}
+        out = self.model.generate(ids, max_new_tokens=400, attention_mask=torch.ones_like(ids), **sampling)
+        new = out[0, ids.shape[1] :]
+        ended = int(new[-1]) in self.model.generation_config.eos_token_id
+        return self.tokenizer.decode(new, skip_special_tokens=True), ended
+
+    def check(self, case: dict[str, Any], system: str, temperature: float) -> Result:
+        """Ask the turns of a case in order and judge the last answer."""
+        turns = case["say"] if isinstance(case["say"], list) else [case["say"]]
+        messages = [{"role": "system", "content": system}] if system else []
+        answers, ended = [], True
+        for turn in turns:
+            messages.append({"role": "user", "content": turn})
+            text, stopped = self.answer(messages, temperature)
+            ended = ended and stopped
+            answers.append(text)
+            messages.append({"role": "assistant", "content": text})
+        right = all(re.search(pattern, answers[-1], re.IGNORECASE) for pattern in case["all"])
+        return Result(turns, answers, right and ended, ended)
+
+
+def runs(speaker: Speaker, cases: list[dict[str, Any]]) -> Iterator[tuple[str, list[Result]]]:
+    """The results of all cases for each way of asking."""
+    for temperature in (0.0, 0.7):
+        for system in ("", SYSTEM):
+            torch.manual_seed(1)
+            name = f"{'greedy' if not temperature else f'temperature {temperature}'}, {'with' if system else 'no'} system prompt"
+            yield name, [speaker.check(case, system, temperature) for case in cases]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--show", action="store_true", help="print all dialogues, not only the wrong ones")
+    args = parser.parse_args()
+    cases = yaml.safe_load((Path(__file__).parent / "checks.yaml").read_text())
+    speaker = Speaker(args.folder)
+    for name, results in runs(speaker, cases):
+        print(f"\n## {name}: {sum(r.right for r in results)} of {len(results)} right, "
+              f"{sum(r.ended for r in results)} ended by themselves\n")  # fmt: skip
+        for result in results:
+            if args.show or not result.right:
+                for turn, answer in zip(result.turns, result.answers, strict=True):
+                    print(f"> {turn}\n\n{answer}\n")
+                print("---" if result.right else "--- WRONG" + ("" if result.ended else " (did not end)"), flush=True)
+
+
+if __name__ == "__main__":
+    main()
