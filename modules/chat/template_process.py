@@ -38,7 +38,7 @@ class OutputTooLarge(Exception):
     pass
 
 
-class GenerationTag(jinja2.ext.Extension):
+class GenerationTag(jinja2.ext.Extension):  # type: ignore[misc] # jinja2 is opaque to mypy here
     """`{% generation %}…{% endgeneration %}` marks the assistant's text for training; here it renders its body."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja2's own class attribute

@@ -135,6 +135,8 @@ class TemplateRenderer:
 
     def _render(self, body: bytes) -> str:
         reply = self._ready_helper().ask(body)
+        if reply.get("kind") == "ended":
+            reply = self._ready_helper().ask(body)  # somebody else may have killed it; twice is the template's doing
         if reply.get("kind") == "memory":
             self._stop()  # it is ending itself, and would take the next render with it
         if "text" in reply:
@@ -204,7 +206,9 @@ class _Helper:
         if reply is not None:
             return reply
         self.stop()
-        return {"kind": "killed", "error": watch.verdict or "it ended the process that renders it."}
+        if watch.verdict:
+            return {"kind": "killed", "error": watch.verdict}
+        return {"kind": "ended", "error": "it ended the process that renders it."}
 
     def _write_and_read(self, frame: bytes) -> dict[str, Any] | None:
         """None when the process ended first."""

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-import pytest_asyncio
 
 from modules.chat.templates import FALLBACK_STOP, TemplateRenderer, check_variables
 from modules.errors import InvalidParameter, TemplateError
@@ -28,21 +27,19 @@ HELLO = [{"role": "user", "content": "Hello"}]
 TURNS = [*HELLO, {"role": "assistant", "content": "Hi, I am"}]
 
 
-@pytest_asyncio.fixture
+@pytest.fixture
 async def renderer() -> AsyncIterator[TemplateRenderer]:
     renderer = TemplateRenderer()
     yield renderer
     await renderer.close()
 
 
-@pytest.mark.asyncio
 async def test_ordinary_template(renderer: TemplateRenderer) -> None:
     prompt = await renderer.render(CHATML, HELLO)
     assert prompt == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
     assert await renderer.render(CHATML, HELLO, add_generation_prompt=False) == "<|im_start|>user\nHello<|im_end|>\n"
 
 
-@pytest.mark.asyncio
 async def test_one_process_serves_many_renders_in_milliseconds(renderer: TemplateRenderer) -> None:
     await renderer.warm()
     pid = renderer.pid
@@ -53,7 +50,6 @@ async def test_one_process_serves_many_renders_in_milliseconds(renderer: Templat
     assert time.perf_counter() - begin < 5
 
 
-@pytest.mark.asyncio
 async def test_continue_leaves_the_turn_open(renderer: TemplateRenderer) -> None:
     prompt = await renderer.render(CHATML, TURNS, continue_final=True)
     assert prompt == "<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\nHi, I am"
@@ -62,14 +58,12 @@ async def test_continue_leaves_the_turn_open(renderer: TemplateRenderer) -> None
     assert prompt == "<s>[INST] Hello [/INST] Hi, I am"
 
 
-@pytest.mark.asyncio
 async def test_continue_keeps_trailing_space(renderer: TemplateRenderer) -> None:
     turns = [*HELLO, {"role": "assistant", "content": "Hi, \n"}]
     for template in (CHATML, INST):
         assert (await renderer.render(template, turns, continue_final=True)).endswith("Hi, \n")
 
 
-@pytest.mark.asyncio
 async def test_continue_needs_an_assistant_message(renderer: TemplateRenderer) -> None:
     with pytest.raises(TemplateError, match="assistant"):
         await renderer.render(CHATML, HELLO, continue_final=True)
@@ -77,7 +71,6 @@ async def test_continue_needs_an_assistant_message(renderer: TemplateRenderer) -
         await renderer.render("{{ messages[0].content }}", TURNS, continue_final=True)
 
 
-@pytest.mark.asyncio
 async def test_fallback(renderer: TemplateRenderer) -> None:
     messages = [{"role": "system", "content": "Be kind."}, *TURNS, {"role": "user", "content": "Who?"}]
     prompt = await renderer.render(None, messages, bos_token="<s>")
@@ -86,7 +79,6 @@ async def test_fallback(renderer: TemplateRenderer) -> None:
     assert await renderer.render("", HELLO) == "User: Hello\nAssistant:"
 
 
-@pytest.mark.asyncio
 async def test_what_real_templates_use(renderer: TemplateRenderer) -> None:
     template = (
         "{%- for m in messages -%}{%- if loop.index0 > 0 %}{% break %}{% endif -%}"
@@ -99,7 +91,6 @@ async def test_what_real_templates_use(renderer: TemplateRenderer) -> None:
     assert await renderer.render("{{ {'b': 1} | tojson(indent=2) }}", HELLO) == '{\n  "b": 1\n}'
 
 
-@pytest.mark.asyncio
 async def test_unicode_crosses(renderer: TemplateRenderer) -> None:
     text = "naïve 👩‍👩‍👧 漢字 \u202e\x00"
     assert await renderer.render("{{ messages[0].content }}", [{"role": "user", "content": text}]) == text
@@ -107,7 +98,6 @@ async def test_unicode_crosses(renderer: TemplateRenderer) -> None:
         await renderer.render("{{ '%c' % 55296 }}", HELLO)
 
 
-@pytest.mark.asyncio
 async def test_raise_exception_gives_the_templates_own_words(renderer: TemplateRenderer) -> None:
     with pytest.raises(TemplateError, match="roles must alternate"):
         await renderer.render("{{ raise_exception('Conversation roles must alternate') }}", HELLO)
@@ -157,7 +147,6 @@ SSTI = [
 ]
 
 
-@pytest.mark.asyncio
 async def test_escapes_are_template_errors(renderer: TemplateRenderer) -> None:
     for template in SSTI:
         try:
@@ -186,7 +175,6 @@ HEAVY = {
 }
 
 
-@pytest.mark.asyncio
 @pytest.mark.parametrize("name", HEAVY)
 async def test_no_template_hangs(renderer: TemplateRenderer, name: str) -> None:
     await renderer.warm()
@@ -198,7 +186,6 @@ async def test_no_template_hangs(renderer: TemplateRenderer, name: str) -> None:
     assert psutil.Process().memory_info().rss < 2**30
 
 
-@pytest.mark.asyncio
 async def test_a_killed_helper_comes_back(renderer: TemplateRenderer) -> None:
     await renderer.warm()
     first = renderer.pid
@@ -208,7 +195,6 @@ async def test_a_killed_helper_comes_back(renderer: TemplateRenderer) -> None:
     assert renderer.pid != first
 
 
-@pytest.mark.asyncio
 async def test_close_ends_the_helper() -> None:
     renderer = TemplateRenderer()
     await renderer.warm()
@@ -218,7 +204,6 @@ async def test_close_ends_the_helper() -> None:
 
 
 @pytest.mark.shared
-@pytest.mark.asyncio
 async def test_real_templates(renderer: TemplateRenderer) -> None:
     if not SHARED.is_dir():
         pytest.skip("no shared templates beside the checkout")

@@ -1,0 +1,283 @@
+"""The chat store on SQLite: one file, one thread that touches it, every save a transaction that is on disk when it returns."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sqlite3
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from modules.chat import store_tree
+from modules.chat.schema_sql import MIGRATIONS, Migration, migrate, version_of
+from modules.chat.store import Change, ChatStore, NewConversation, Node, Notice, Snapshot, Status, Summary
+from modules.chat.store_actions import Actions
+from modules.chat.store_files import Backups, DataDirLock, connect, problem_of, quarantine, read_only, storage_error
+from modules.chat.store_search import Search
+from modules.errors import StorageError, StorageReadOnly, StoreCorrupt
+
+T = TypeVar("T")
+
+
+class SqliteChatStore(ChatStore):
+    """`folder` is the data folder; the database is `chats.sqlite` in it."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        migrations: tuple[Migration, ...] = MIGRATIONS,
+        full_text: bool | None = None,
+    ) -> None:
+        self.path = folder / "chats.sqlite"
+        self.backups = Backups(self.path)
+        self._folder = folder
+        self._lock = DataDirLock(folder)
+        self._migrations = migrations
+        self._full_text = full_text
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="chat-store")
+        self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="chat-backup")
+        self._connection: sqlite3.Connection | None = None
+        self._search: Search | None = None
+        self._inode: tuple[int, int] | None = None
+
+    # -- life
+
+    async def open(self) -> list[Notice]:
+        return await self._in_thread(self._open)
+
+    async def close(self) -> None:
+        await self._in_thread(self._close)
+        self._thread.shutdown(wait=False)
+        self._copier.shutdown(wait=False)
+
+    async def backup(self) -> str | None:
+        def make() -> str | None:
+            try:
+                made = self.backups.make()
+            except sqlite3.Error as error:
+                raise storage_error(error) from error
+            except OSError as error:
+                raise StorageError(f"A backup could not be made: {error.strerror or error}.") from error
+            return made.name if made else None
+
+        return await asyncio.get_running_loop().run_in_executor(self._copier, make)
+
+    def _open(self) -> list[Notice]:
+        self._lock.acquire()
+        try:
+            notices = self._repair()
+            self._connect()
+            return notices + self._prepare()
+        except sqlite3.Error as error:
+            self._close()
+            raise storage_error(error) from error
+        except OSError as error:
+            self._close()
+            raise read_only(self._folder, error) from error
+        except BaseException:
+            self._close()
+            raise
+
+    def _repair(self) -> list[Notice]:
+        problem = problem_of(self.path, len(self._migrations))
+        backups = self.backups.newest_first()
+        if problem is None:
+            if backups and not self.path.exists():
+                where = f"There are backups in {backups[0].parent}."
+                return [Notice("warning", f"chats.sqlite is missing, so a new one was made. {where}")]
+            return []
+        if problem == "it is empty" and not backups:
+            return []  # SQLite takes an empty file as a new database
+        moved = quarantine(self.path)
+        restored = self.backups.restore()
+        what = f"The newest good backup ({restored.name}) was taken." if restored else "There is no backup: a new one was begun."
+        return [Notice("error", f"The chat database could not be read ({problem}). It was kept as {moved.name}. {what}")]
+
+    def _connect(self) -> None:
+        connection = connect(self.path)
+        # A network folder may refuse WAL; the older journal is as safe, only slower.
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("PRAGMA trusted_schema = OFF")
+        connection.execute("PRAGMA journal_size_limit = 16777216")
+        self._search = Search(connection, self._full_text)
+        self._connection = connection
+        status = self.path.stat()
+        self._inode = (status.st_dev, status.st_ino)
+
+    def _prepare(self) -> list[Notice]:
+        connection = self._connection
+        assert connection is not None and self._search is not None
+        if 0 < version_of(connection) < len(self._migrations):
+            self.backups.make(only_if_changed=False)  # the way back if the new version disappoints
+        migrate(connection, self._migrations)
+        with _transaction(connection):
+            self._search.prepare(connection)
+            interrupted = Actions(connection, self._search).interrupt_all()
+        if interrupted:
+            many = "answers were" if interrupted > 1 else "answer was"
+            return [Notice("info", f"{interrupted} {many} cut off by the end of the server; what had come is kept.")]
+        return []
+
+    def _close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        self._lock.release()
+
+    # -- the thread
+
+    async def _in_thread(self, function: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, function)
+
+    async def _write(self, action: Callable[[Actions], T]) -> T:
+        def run() -> T:
+            connection, search = self._ready()
+            try:
+                with _transaction(connection):
+                    return action(Actions(connection, search))
+            except sqlite3.Error as error:
+                raise self._failed(error) from error
+
+        return await self._in_thread(run)
+
+    async def _read(self, query: Callable[[sqlite3.Connection], T]) -> T:
+        def run() -> T:
+            connection, _ = self._ready(writing=False)
+            try:
+                return query(connection)
+            except sqlite3.Error as error:
+                raise self._failed(error) from error
+
+        return await self._in_thread(run)
+
+    def _ready(self, writing: bool = True) -> tuple[sqlite3.Connection, Search]:
+        if self._inode is None:
+            raise StorageError("The chat store is not open.")
+        if writing and not self._in_place():
+            raise StorageReadOnly(
+                "The data folder was moved or removed while the server runs: nothing more can be saved.",
+                hint="Put it back, export the open chats, and start the server again.",
+            )
+        if self._connection is None:
+            try:
+                self._connect()
+            except (sqlite3.Error, OSError) as error:
+                raise StorageReadOnly("The chat database can't be opened any more.", hint="Check the disk.") from error
+        assert self._connection is not None and self._search is not None
+        return self._connection, self._search
+
+    def _in_place(self) -> bool:
+        """Writes to a removed file succeed on POSIX, and are lost."""
+        try:
+            status = self.path.stat()
+        except OSError:
+            return False
+        return (status.st_dev, status.st_ino) == self._inode
+
+    def _failed(self, error: sqlite3.Error) -> StorageError:
+        failure = storage_error(error)
+        if "disk I/O" in str(error) or isinstance(failure, StoreCorrupt):
+            # After a failed fsync nobody knows what this connection's pages are worth: the next call begins a new one.
+            if self._connection is not None:
+                self._connection.close()
+            self._connection = None
+        return failure
+
+    # -- reading
+
+    async def conversations(self, query: str = "", trashed: bool = False, limit: int = 1000) -> list[Summary]:
+        search = self._search
+        assert search is not None
+        return await self._read(lambda db: search.find(db, query, trashed, limit))
+
+    async def snapshot(self, conversation: str) -> Snapshot:
+        return await self._read(lambda db: store_tree.snapshot(db, conversation))
+
+    async def conversation_of(self, node: str) -> str:
+        return str(await self._read(lambda db: store_tree.node_row(db, node)["conversation"]))
+
+    async def path_to(self, node: str) -> tuple[str, tuple[Node, ...]]:
+        return await self._read(lambda db: store_tree.path_to(db, node))
+
+    async def subtree(self, node: str) -> tuple[str, ...]:
+        return await self._read(lambda db: store_tree.subtree(db, node))
+
+    async def export(self, conversation: str) -> NewConversation:
+        return await self._read(lambda db: store_tree.whole(db, conversation))
+
+    # -- writing
+
+    async def create(self, title: str = "", system_prompt: str = "") -> Snapshot:
+        return await self._write(lambda do: do.create(title, system_prompt))
+
+    async def update(self, conversation: str, changes: dict[str, Any], revision: int | None = None) -> Snapshot:
+        return await self._write(lambda do: do.update(conversation, changes, revision))
+
+    async def purge(self, conversation: str) -> None:
+        await self._write(lambda do: do.purge(conversation))
+
+    async def add_conversation(self, conversation: NewConversation) -> Snapshot:
+        return await self._write(lambda do: do.add_conversation(conversation))
+
+    async def add_message(
+        self,
+        conversation: str,
+        text: str,
+        *,
+        client_id: str,
+        generation: str,
+        parent: str | None = None,
+        revision: int | None = None,
+        branch: bool = False,
+    ) -> Change:
+        return await self._write(lambda do: do.add_message(conversation, text, client_id, generation, parent, revision, branch))
+
+    async def add_answer(self, node: str, *, client_id: str, generation: str) -> Change:
+        return await self._write(lambda do: do.add_answer(node, client_id, generation))
+
+    async def reopen(self, node: str, *, client_id: str, generation: str) -> Change:
+        return await self._write(lambda do: do.reopen(node, client_id, generation))
+
+    async def add_version(self, node: str, text: str, *, client_id: str, generation: str | None = None) -> Change:
+        return await self._write(lambda do: do.add_version(node, text, client_id, generation))
+
+    async def checkpoint(self, node: str, generation: str, text: str) -> bool:
+        return await self._write(lambda do: do.checkpoint(node, generation, text))
+
+    async def finish(
+        self,
+        node: str,
+        generation: str,
+        *,
+        text: str,
+        status: Status,
+        model: str | None = None,
+        loader: str | None = None,
+        receipt: dict[str, Any] | None = None,
+        error: dict[str, Any] | None = None,
+    ) -> bool:
+        return await self._write(lambda do: do.finish(node, generation, text, status, model, loader, receipt, error))
+
+    async def delete(self, node: str) -> tuple[Snapshot, str]:
+        return await self._write(lambda do: do.delete(node))
+
+    async def undo(self, token: str) -> Snapshot:
+        return await self._write(lambda do: do.undo(token))
+
+
+@contextlib.contextmanager
+def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """BEGIN IMMEDIATE … COMMIT; anything raised inside, or by the commit itself, leaves the file as it was."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:  # SQLite has rolled back by itself after the worst errors
+            connection.execute("ROLLBACK")
+        raise
