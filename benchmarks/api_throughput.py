@@ -97,7 +97,7 @@ def main() -> None:
         options |= {"engine": "llama_cpp", "threads_batch": arguments.threads, "n_ctx": 2048}
     with report(f"api_throughput-{arguments.name}") as figures:
         raw = RawLoop(engine, overlay, str(model), arguments.threads)
-        with Server("--model", "none", "--nowebui", "--model-dir", str(model.parent), wait_ready=False) as server:
+        with Server("--no-model", "--nowebui", "--model-dir", str(model.parent), wait_ready=False) as server:
             server.wait("/v1/models")
             server.load(model.name, arguments.loader, **options)
             rendered = server.http.post("/v1/internal/chat-prompt", json={"messages": [{"role": "user", "content": PROMPT}]})

@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument("--models", nargs=2, default=["echo", "wren-6m-gguf/wren-6m-F16.gguf"])
     parser.add_argument("--cycles", type=int, default=100)
     arguments = parser.parse_args()
-    with report("load_cycles") as figures, Server("--model", "none", "--nowebui", wait_ready=False) as server:
+    with report("load_cycles") as figures, Server("--no-model", "--nowebui", wait_ready=False) as server:
         server.wait("/ui-api/models")
         parent = psutil.Process(server.process.pid)
         rows: list[dict[str, Any]] = []

@@ -20,7 +20,7 @@ def import_seconds(module: str) -> float:
 
 
 def one_start() -> dict[str, float]:
-    with Server("--model", "none", wait_ready=False) as server:
+    with Server("--no-model", wait_ready=False) as server:
         splash = server.wait("/")
         api = server.wait("/v1/models")
         while "gradio" not in server.http.get("/").text.lower() or server.http.get("/config").status_code != 200:
