@@ -6,7 +6,6 @@ import argparse
 from typing import Any
 
 import psutil
-
 from common import Server, linear_fit, report, rss_anon
 
 

@@ -1,6 +1,6 @@
 """A Llama of random weights in any shape, with a tokenizer that decodes every id: for speed measurements, not for talk.
 
-Runs in the transformers environment: `installer_files/sets/<set>/transformers/bin/python benchmarks/make_model.py OUT --shape 1.1b`.
+Runs in the transformers environment: `<set>/transformers/bin/python benchmarks/make_model.py OUT --shape 1.1b`.
 """
 
 from __future__ import annotations

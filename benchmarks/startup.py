@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import subprocess
 import time
 
 import psutil
-
 from common import ROOT, Overlays, Server, report
 
 
 def import_seconds(module: str) -> float:
     """How long a bare import takes in the parent's environment."""
-    code = f"import os, time; os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
+    code = f"import time; t = time.perf_counter(); import {module}; print(time.perf_counter() - t)"
+    environment = os.environ | {"GRADIO_ANALYTICS_ENABLED": "False"}
     python = str(Overlays.find(ROOT).python("parent"))
-    return float(subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+    return float(
+        subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT, env=environment).stdout
+    )
 
 
 def one_start() -> dict[str, float]:

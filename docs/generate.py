@@ -32,7 +32,9 @@ def loaders() -> str:
     rows = []
     for spec in discover().values():
         takes = ", ".join(FORMAT_NAMES[f] for f in sorted(spec.formats, key=lambda f: -spec.formats[f]))
-        rows.append([f"`{spec.name}`", spec.title, takes, spec.summary, str(len(spec.samplers)), ", ".join(sorted(spec.features)) or "–"])
+        rows.append(
+            [f"`{spec.name}`", spec.title, takes, spec.summary, str(len(spec.samplers)), ", ".join(sorted(spec.features)) or "–"]
+        )
     return table(["name", "backend", "takes", "what it is", "samplers", "features"], rows)
 
 
@@ -41,7 +43,13 @@ def options() -> str:
     parts = []
     for spec in discover().values():
         rows = [
-            [f"`{o.name}`", ", ".join(f"`{a}`" for a in o.aliases), o.kind if not o.choices else " \\| ".join(o.choices), f"`{o.default}`", o.help]
+            [
+                f"`{o.name}`",
+                ", ".join(f"`{a}`" for a in o.aliases),
+                o.kind if not o.choices else " \\| ".join(o.choices),
+                f"`{o.default}`",
+                o.help,
+            ]
             for o in spec.options
         ]
         parts.append(f"### {spec.title}\n\n" + table(["option", "also", "kind", "default", "what it does"], rows))
@@ -55,7 +63,9 @@ def parameters() -> str:
     for p in PARAMETERS.values():
         span = "" if p.minimum is None else f"{p.minimum:g} to {p.maximum:g}" if p.maximum is not None else f"from {p.minimum:g}"
         who = [spec.name for spec in specs if p.name in spec.samplers]
-        rows.append([f"`{p.name}`", ", ".join(f"`{a}`" for a in p.aliases), f"`{p.neutral}`", span, p.help, ", ".join(who) or "–"])
+        rows.append(
+            [f"`{p.name}`", ", ".join(f"`{a}`" for a in p.aliases), f"`{p.neutral}`", span, p.help, ", ".join(who) or "–"]
+        )
     return table(["parameter", "also", "off at", "range", "what it does", "loaders"], rows)
 
 
@@ -71,7 +81,14 @@ def figures() -> str:
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         result = json.loads(path.read_text(encoding="utf-8"))
         shown = "; ".join(f"{key} {_short(value)}" for key, value in result["figures"].items())
-        rows.append([f"`{result['benchmark']}`", f"`{result['command']}`", shown, f"{result['hardware']['cpu']}, {result['hardware']['cores']} cores"])
+        rows.append(
+            [
+                f"`{result['benchmark']}`",
+                f"`{result['command']}`",
+                shown,
+                f"{result['hardware']['cpu']}, {result['hardware']['cores']} cores",
+            ]
+        )
     return table(["benchmark", "command", "figures", "hardware"], rows)
 
 
@@ -94,7 +111,12 @@ def renewed(text: str) -> str:
 
 
 def documents() -> list[Path]:
-    return [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "loaders").glob("*.md"), *(ROOT / "benchmarks").glob("*.md")]
+    return [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").rglob("*.md"),
+        *(ROOT / "loaders").glob("*.md"),
+        *(ROOT / "benchmarks").glob("*.md"),
+    ]
 
 
 def stale() -> list[Path]:

@@ -43,7 +43,9 @@ SPEC = LoaderSpec(
     formats={"echo": 1},
     samplers=CLASSIC,
     options=(
-        OptionSpec("context_length", "int", 8192, "Tokens that fit.", minimum=16, maximum=1_000_000, aliases=("ctx_size", "n_ctx")),
+        OptionSpec(
+            "context_length", "int", 8192, "Tokens that fit.", minimum=16, maximum=1_000_000, aliases=("ctx_size", "n_ctx")
+        ),
         OptionSpec("load_seconds", "float", 0.0, "How long loading takes.", minimum=0, maximum=600),
         OptionSpec(
             "fault", "choice", "none", "A fault while loading.", choices=("none", "corrupt", "oom", "exit", "segfault", "hang")
@@ -55,7 +57,8 @@ SPEC = LoaderSpec(
 )
 
 CHAT_TEMPLATE = (
-    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
 WORDS = (
     "the of and model token stream memory cache layer weight river light paper stone garden window number simple quick brown"
@@ -95,9 +98,8 @@ class Directive:
             name, _, value = pair.partition("=")
             if name not in known:
                 raise InvalidParameter(f"The echo directive has no {name!r}.", hint=f"It has {', '.join(known)}.")
-            kind = type(known[name].default)
             try:
-                setattr(directive, name, kind(value))
+                setattr(directive, name, float(value) if known[name].type == "float" else int(value))
             except ValueError:
                 raise InvalidParameter(f"The echo directive's {name} must be a number.") from None
         return directive

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from modules.detokenize import Detokenizer
+from typing import TYPE_CHECKING
+
 from modules.schema import FinishReason, GenerationRequest, TokenEvent, TokenLogprob
 from modules.stopping import StopMatcher
+
+if TYPE_CHECKING:
+    from modules.detokenize import Detokenizer
 
 
 class TokenAssembler:
@@ -68,9 +72,7 @@ class TokenAssembler:
     def _event(self, text: str) -> TokenEvent | None:
         if not text and not self._pending_ids:
             return None
-        event = TokenEvent(
-            self._request_id, self.count - 1, tuple(self._pending_ids), text, tuple(self._pending_logprobs)
-        )
+        event = TokenEvent(self._request_id, self.count - 1, tuple(self._pending_ids), text, tuple(self._pending_logprobs))
         self._pending_ids.clear()
         self._pending_logprobs.clear()
         return event

@@ -22,8 +22,19 @@ from typing import Any, Protocol
 from modules import protocol
 from modules.engine import CancelToken, Engine
 from modules.errors import AppError, EngineDead, EngineTimeout, ProtocolError, error_from_wire
-from modules.schema import Done, Event, GenerationRequest, LoaderSpec, LoadProgress, ModelInfo, PrefillProgress, TokenEvent
-from modules.schema import TokenLogprob, from_wire, to_wire
+from modules.schema import (
+    Done,
+    Event,
+    GenerationRequest,
+    LoaderSpec,
+    LoadProgress,
+    ModelInfo,
+    PrefillProgress,
+    TokenEvent,
+    TokenLogprob,
+    from_wire,
+    to_wire,
+)
 
 OnProgress = Callable[[LoadProgress], None]
 OnLog = Callable[[str], None]
@@ -243,7 +254,7 @@ class WorkerClient(EngineClient):
 
         try:
             worker = psutil.Process(self.pid)
-            return sum(p.memory_info().rss for p in [worker, *worker.children(recursive=True)])
+            return sum(int(p.memory_info().rss) for p in [worker, *worker.children(recursive=True)])
         except psutil.Error:  # it ended between the two looks
             return None
 
@@ -279,7 +290,7 @@ class WorkerClient(EngineClient):
             stream = self._streams.get(message["request_id"])
             if stream is not None:
                 del message["type"]
-                stream.put(from_wire(PrefillProgress if kind == "prefill" else Done, message))
+                stream.put(from_wire(PrefillProgress, message) if kind == "prefill" else from_wire(Done, message))
         elif kind == "error":
             self._handle_error(message)
         elif kind == "result":

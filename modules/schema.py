@@ -273,7 +273,7 @@ def from_wire(cls: type[T], data: dict[str, Any]) -> T:
 
     Unknown keys raise TypeError: both ends are of one version, and the handshake has checked it.
     """
-    hints = _hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]  # a class is hashable
     unknown = data.keys() - hints.keys()
     if unknown:
         raise TypeError(f"{cls.__name__} has no field {sorted(unknown)}")

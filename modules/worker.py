@@ -33,7 +33,6 @@ def _shutdown() -> None:
     """The job that ends the compute loop."""
 
 
-
 class Worker:
     def __init__(self, engine: Engine, source: BinaryIO, sink: BinaryIO) -> None:
         self._engine = engine

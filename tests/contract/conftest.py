@@ -6,15 +6,17 @@ import asyncio
 import itertools
 from collections.abc import Coroutine, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
 from modules.engine_client import WorkerClient
-from modules.overlays import Overlays
 from modules.registry import load_spec
 from modules.schema import Done, GenerationRequest, PrefillProgress, StopParams, TokenEvent
 from tests.contract.rows import ROWS, Row
+
+if TYPE_CHECKING:
+    from modules.overlays import Overlays
 
 T = TypeVar("T")
 _ids = itertools.count()

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from modules.overlays import Overlays
 from modules.registry import discover
 from tests.conftest import ROOT, shared_data
+
+if TYPE_CHECKING:
+    from modules.overlays import Overlays
 
 STORY = "Once upon a time"
 

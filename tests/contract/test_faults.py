@@ -9,7 +9,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
 import pytest
@@ -25,10 +25,12 @@ from modules.errors import (
     LoadOutOfMemory,
     UnsupportedParameter,
 )
-from modules.overlays import Overlays
 from tests.conftest import ROOT
 from tests.contract.conftest import Bench
 from tests.contract.rows import ROWS
+
+if TYPE_CHECKING:
+    from modules.overlays import Overlays
 
 ECHO = next(row for row in ROWS if row.loader == "echo")
 

@@ -41,7 +41,11 @@ def test_rank_orders_by_priority_then_gives_reasons() -> None:
 
 def test_rank_puts_the_not_installed_behind() -> None:
     choices = registry.rank(MODEL, SPECS, Machine("beta"))
-    assert [(c.spec.name, c.ok, c.installed) for c in choices] == [("alpha", True, True), ("beta", False, False), ("gamma", False, True)]
+    assert [(c.spec.name, c.ok, c.installed) for c in choices] == [
+        ("alpha", True, True),
+        ("beta", False, False),
+        ("gamma", False, True),
+    ]
 
 
 def test_select() -> None:
