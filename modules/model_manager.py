@@ -71,6 +71,7 @@ class ModelManager:
         model_options: Callable[[str, str], Mapping[str, Any]] | None = None,
         switch_policy: SwitchPolicy = "on",
         idle_timeout_s: float = 0.0,
+        max_models: int = 0,
         available: Callable[[], int] = available_bytes,
     ) -> None:
         self._library = library
@@ -81,6 +82,7 @@ class ModelManager:
         self._model_options = model_options or (lambda model, loader: {})
         self.switch_policy: SwitchPolicy = switch_policy
         self.idle_timeout_s = idle_timeout_s
+        self.max_models = max_models
         self._available = available
         self._places: dict[str, Place] = {}
         self._active_id: str | None = None
@@ -306,7 +308,8 @@ class ModelManager:
 
     def _fits(self, place: Place) -> bool:
         need = int(place.model.size_bytes * 1.15) + WORKER_OVERHEAD_BYTES
-        return need <= self._available()
+        others = sum(p.state == "ready" for p in self._others(place))
+        return need <= self._available() and not 0 < self.max_models <= others
 
     async def _make_room(self, place: Place, replaced: list[Place], when_busy: WhenBusy) -> None:
         """Unload before loading only where memory is short: first what is to be replaced, then the least recently used."""
@@ -488,7 +491,7 @@ class ModelManager:
         if model.problem:
             raise ModelNotFound(f"{model.id} can't be loaded: {model.problem}")
         if self.switch_policy == "off":
-            raise ModelNotFound(f"The model {model.id} is not loaded.", hint="Load it in the page, or start with --model-switch on.")
+            raise ModelNotFound(f"The model {model.id} is not loaded.", hint="Load it in the page, or use --model-switch on.")
         if self.switch_policy == "ask":
             self._events.publish("notice", {"level": "info", "text": f"A client asks for the model {model.id}: load it?"})
             raise Conflict(f"The model {model.id} is not loaded; its operator was asked.", hint="Try again once it is loaded.")

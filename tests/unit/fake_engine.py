@@ -1,4 +1,4 @@
-"""A worker client without a process: for the manager's and the runs' own logic. Real workers are in tests/contract and tests/api."""
+"""A worker client without a process, for the logic of the manager and the runs. tests/contract and tests/api use real ones."""
 
 from __future__ import annotations
 
