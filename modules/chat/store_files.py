@@ -16,6 +16,7 @@ from modules.errors import StorageError, StorageFull, StorageReadOnly, StoreCorr
 KEEP_BACKUPS = 5
 # Up to this size a file is checked page by page at the start; a larger one only when its head does not read well.
 FULL_CHECK_BYTES = 256 * 1024 * 1024
+EMPTY = "it is empty"
 
 
 class DataDirLock:
@@ -94,7 +95,7 @@ def unused(path: Path) -> Path:
     candidate, number = path, 1
     while candidate.exists():
         number += 1
-        candidate = path.with_name(f"{path.name}-{number}")
+        candidate = path.with_name(f"{path.stem}-{number}{path.suffix}")
     return candidate
 
 
@@ -128,8 +129,12 @@ def problem_of(path: Path, newest_schema: int = len(MIGRATIONS)) -> str | None:
     """Why the file is not a readable chat database, None when it is one (or is new). Raises StorageError for a newer schema."""
     if not path.exists():
         return None
-    if path.stat().st_size == 0:
-        return "it is empty"
+    with open(path, "rb") as file:
+        head = file.read(16)
+    if not head:
+        return EMPTY
+    if head != b"SQLite format 3\0":
+        return "it is no SQLite database"
     connection = connect(path)
     try:
         application = connection.execute("PRAGMA application_id").fetchone()[0]
@@ -147,10 +152,11 @@ def problem_of(path: Path, newest_schema: int = len(MIGRATIONS)) -> str | None:
             verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
             if verdict != "ok":
                 return str(verdict)
-        if tables and version == 0:
+        if not tables:
+            return EMPTY
+        if version == 0:
             return "it has no schema version"
-        if tables:
-            connection.execute("SELECT count(*) FROM conversations").fetchone()
+        connection.execute("SELECT count(*) FROM conversations").fetchone()
     except sqlite3.DatabaseError as error:
         failure = storage_error(error)
         if isinstance(failure, (StorageFull, StorageReadOnly)):

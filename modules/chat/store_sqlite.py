@@ -14,7 +14,7 @@ from modules.chat import store_tree
 from modules.chat.schema_sql import MIGRATIONS, Migration, migrate, version_of
 from modules.chat.store import Change, ChatStore, NewConversation, Node, Notice, Snapshot, Status, Summary
 from modules.chat.store_actions import Actions
-from modules.chat.store_files import Backups, DataDirLock, connect, problem_of, quarantine, read_only, storage_error
+from modules.chat.store_files import EMPTY, Backups, DataDirLock, connect, problem_of, quarantine, read_only, storage_error
 from modules.chat.store_search import Search
 from modules.errors import StorageError, StorageReadOnly, StoreCorrupt
 
@@ -89,8 +89,8 @@ class SqliteChatStore(ChatStore):
                 where = f"There are backups in {backups[0].parent}."
                 return [Notice("warning", f"chats.sqlite is missing, so a new one was made. {where}")]
             return []
-        if problem == "it is empty" and not backups:
-            return []  # SQLite takes an empty file as a new database
+        if problem == EMPTY and not backups:
+            return []  # the first start was cut off before it made its tables
         moved = quarantine(self.path)
         restored = self.backups.restore()
         what = f"The newest good backup ({restored.name}) was taken." if restored else "There is no backup: a new one was begun."
@@ -116,8 +116,8 @@ class SqliteChatStore(ChatStore):
             self.backups.make(only_if_changed=False)  # the way back if the new version disappoints
         migrate(connection, self._migrations)
         with _transaction(connection):
-            self._search.prepare(connection)
             interrupted = Actions(connection, self._search).interrupt_all()
+            self._search.prepare(connection)
         if interrupted:
             many = "answers were" if interrupted > 1 else "answer was"
             return [Notice("info", f"{interrupted} {many} cut off by the end of the server; what had come is kept.")]
