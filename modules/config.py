@@ -17,7 +17,7 @@ import shlex
 import shutil
 import sys
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -434,11 +434,11 @@ def normalise(line: Sequence[str]) -> list[str]:
     return words
 
 
-def split_command(line: Sequence[str]) -> tuple[str, list[str], list[str]]:
+def split_command(line: Sequence[str], names: Collection[str] = ()) -> tuple[str, list[str], list[str]]:
     """(subcommand, flags before it, arguments after it). A value of a flag is no subcommand: `--model doctor`."""
     for index, word in enumerate(line):
         previous = line[index - 1] if index else ""
-        if word in COMMANDS and (index == 0 or not _takes_value(previous)):
+        if word in (names or COMMANDS) and (index == 0 or not _takes_value(previous)):
             return word, list(line[:index]), list(line[index + 1 :])
     return "serve", list(line), []
 

@@ -252,7 +252,7 @@ class Overlays:
         return kept
 
     def install_sync(self, overlay: str, on_progress: Progress) -> None:
-        """Make or complete an environment. Raises modules.environments.SetupError with the one line to show."""
+        """Make or complete an environment. Raises modules.pip_output.SetupError with the one line to show."""
         from modules.environments import Installer
 
         Installer(self, on_progress).ensure(overlay)
