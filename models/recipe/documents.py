@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from stories import ANIMALS, BOYS, CREATURES, GIRLS, OBJECTS, PEOPLE, PLACES, TRAITS, article, story
+from stories import ANIMALS, BOYS, CREATURES, GIRLS, OBJECTS, PEOPLE, PLACES, TRAITS, any_name, article, story
 
 HERE = Path(__file__).parent
 Message = dict[str, str]
@@ -40,7 +40,11 @@ HOW = (
     "|i need to {x}|how does one {x}|what do i have to do to {x}|where do i {x}|please tell me how i can {x}"
     "|could you explain how i {x}|i would like to {x}|do you know how to {x}|how do you {x}|what must i do to {x}"
     "|i don't know how to {x}|is there a way to {x}|what steps do i need to {x}|i'd like to know how to {x}"
-    "|how is it possible to {x}|what do i do to {x}|can i {x}"
+    "|how is it possible to {x}|what do i do to {x}|can i {x}|{x}|{x} how|any way to {x}|steps to {x}|i'm trying to {x}"
+    "|i can't figure out how to {x}|i wonder how to {x}|would you explain how to {x}|what do i click to {x}|teach me to {x}"
+    "|where do i click to {x}|which button do i press to {x}|i have no idea how to {x}|could you help me {x}|let me {x}"
+    "|i'd like you to explain how to {x}|how might i {x}|instructions to {x}|how can one {x}|how does a user {x}"
+    "|what is needed to {x}|is it easy to {x}|do you know how i can {x}|how do people {x}|how could i {x}"
 ).split("|")
 WHAT = (
     "what is {x}|what's {x}|what are {x}|explain {x}|tell me about {x}|what does {b} mean|can you explain {x}|define {b}"
@@ -48,6 +52,12 @@ WHAT = (
     "|please explain {x}|what exactly is {x}|can you tell me what {x} is|could you explain what {x} is|what is {b}"
     "|i have a question about {b}|tell me what {x} is|what's the meaning of {b}|what is {x} about|how does {x} work"
     "|give me a short explanation of {b}|what do people mean by {b}|what is {x} good for|i want to know what {x} is"
+    "|{b} meaning|meaning of {b}|{b} explained|describe {x}|i keep seeing {b}, what is it|i read about {b}. what is that"
+    "|in simple words, what is {x}|what is {x} used for|why do i need {x}|what's {x} for|is {x} important|remind me what {x} is"
+    "|give me a definition of {b}|what does the term {b} mean|have you heard of {b}|could you describe {x}|so what's {x}"
+    "|how would you explain {x}|explain {x} like i'm five|what is {x} in simple terms|what does {b} stand for|teach me about {b}"
+    "|i'd like to learn about {b}|what do you mean by {b}|what does {b} stand for and what is it|i don't understand {b}"
+    "|what does {x} do|what {x} is|what kind of thing is {x}|i never heard of {b}|who uses {x}|what do i use {x} for"
 ).split("|")
 CAN = (
     "can i {x}|is it possible to {x}|does switchyard let me {x}|am i able to {x}|could i {x}|may i {x}|is there a way to {x}"
@@ -60,6 +70,27 @@ WHERE = (
 PREFIXES = "hi, |hey, |ok, |so, |please, |wren, |hello! |and |well, |sorry, |one question: |quick question: |now, |also, ".split(
     "|"
 )
+# Sentences before and after a question that do not change its answer.
+LEADS = (
+    "I'm new here.|I just installed Switchyard.|Sorry to bother you.|I have a question.|This is great.|I'm a beginner."
+    "|I read about this somewhere.|My friend told me about this.|Let me ask something.|Good morning!|I have another question."
+    "|Hello Wren!|Hi, I need some help.|I hope you can help me.|It is my first day with this.|That was nice.|One more thing."
+    "|I tried everything.|I am a bit confused.|Thank you for your help so far.|I like this program.|Hey there, friend."
+).split("|")
+TAILS = (
+    "I'm a beginner.|Thanks in advance!|Keep it short.|Explain it simply.|I'm curious.|Please be brief.|I have no idea."
+    "|Thank you!|I just want to know.|A short answer is enough.|I can't find it.|Please help."
+).split("|")
+# Words that mean the same here; a question is asked with either.
+SYNONYMS = {
+    "model": ("llm", "language model", "network"), "models": ("llms", "language models"), "backend": ("loader", "engine"),
+    "conversation": ("chat", "dialogue", "thread"), "conversations": ("chats", "dialogues"), "switchyard": ("this program", "this app"),
+    "folder": ("directory",), "delete": ("remove", "erase"), "fast": ("quick",), "make": ("create",), "message": ("post",),
+    "quantisation": ("quantization",), "quantization": ("quantisation",), "licence": ("license",), "computer": ("pc", "laptop"),
+    "settings": ("options", "parameters"), "answer": ("reply", "response"), "answers": ("replies", "responses"), "start": ("launch",),
+    "change": ("set", "modify"), "find": ("see",), "stop": ("halt",), "memory": ("ram",), "file": ("document",), "gpu": ("graphics card",),
+}  # fmt: skip
+DROPPABLE = re.compile(r"\b(do|i|the|a|an|can|is|to|does|me|of) ")
 SUFFIXES = " please|, please|, thanks| now| in switchyard| here| again| with switchyard| for me".split("|")
 
 MORE = "tell me more|more|go on|can you tell me more|more please|what else|anything else|tell me more about it|and then|please continue|explain more".split("|")  # fmt: skip
@@ -120,6 +151,16 @@ def phrase(question: str, rng: random.Random, noise: float = 1.0) -> str:
         text = text.replace("what is ", "what's ", 1) if rng.random() < 0.7 else text.replace("what is ", "whats ", 1)
     if rng.random() < 0.15:
         text = text.replace("i want to", "i wanna").replace(" do not ", " don't ").replace(" cannot ", " can't ")
+    if rng.random() < 0.15 * noise:
+        known = [word for word in re.findall(r"[a-z]+", text) if word in SYNONYMS]
+        if known:
+            word = rng.choice(known)
+            text = re.sub(rf"\b{word}\b", rng.choice(SYNONYMS[word]), text, count=1)
+    if rng.random() < 0.05 * noise:
+        gaps = list(DROPPABLE.finditer(text))
+        if len(gaps) > 1:
+            gap = rng.choice(gaps)
+            text = text[: gap.start()] + text[gap.end() :]
     if rng.random() < 0.10 * noise:
         text = rng.choice(PREFIXES) + text
     if rng.random() < 0.06 * noise and not text.endswith(("?", "!", ".")):
@@ -140,6 +181,10 @@ def phrase(question: str, rng: random.Random, noise: float = 1.0) -> str:
         text += "?"
     if rng.random() < 0.01 * noise:
         text = text.upper()
+    if rng.random() < 0.05 * noise:
+        text = f"{rng.choice(LEADS)} {text}"
+    elif rng.random() < 0.04 * noise and text[-1:] in ".?!":
+        text = f"{text} {rng.choice(TAILS)}"
     return text
 
 
@@ -161,6 +206,7 @@ class Recipe:
         self.single = common["single"]
         self.unknown = common["unknown"]
         self.tales = [text for text in self._tinystories(corpora) if held_out(text, 40) == (split == "valid")]
+        self.beyond = [pair for pair in self._beyond(corpora) if held_out(pair[0]) == (split == "valid")]
         self.dialogues = [d for d in self._dialogues(corpora) if held_out(" ".join(d), 40) == (split == "valid")]
 
     # --- sources -----------------------------------------------------------------------------------------------
@@ -181,6 +227,21 @@ class Recipe:
             corpus = [q for q in corpus if held_out(q) == (self.split == "valid")]
             result[intent["id"]] = (intent.get("ask", []), corpus, intent["answer"])
         return result
+
+    def _beyond(self, corpora: Path) -> Iterator[tuple[str, str]]:
+        """Real questions that are too much for a tiny model, and statements about the world, with honest answers."""
+        unknown = self.unknown["answers"][0]
+        for name in ("trivia", "science", "literature", "history", "politics", "money", "sports", "coding", "tech_support"):
+            answer = self.unknown["code"] if name == "coding" else unknown
+            for row in yaml.safe_load((corpora / "chatterbot" / "english" / f"{name}.yml").read_text())["conversations"]:
+                if 8 < len(row[0]) < 140:
+                    yield row[0], answer
+        for row in json.loads((corpora / "rasbt-instruct" / "instruction-data.json").read_text()):
+            yield f"{row['instruction']}\n{row['input']}".strip(), unknown
+        for line in (corpora / "self-dialogue" / "self_dialogues.jsonl").read_text().splitlines():
+            turn = json.loads(line)["turns"][0].strip()
+            if turn.isascii() and 25 < len(turn) < 120 and not PROFANE.search(turn.lower()):
+                yield turn, unknown if turn.endswith("?") else ""
 
     @staticmethod
     def _tinystories(corpora: Path) -> Iterator[str]:
@@ -210,7 +271,8 @@ class Recipe:
         # Whole questions are what people really ask; the multiplied ones outnumber them, so they are drawn apart.
         own = [q for q in entry.get("ask", []) if q in questions]
         question = rng.choice(own) if own and rng.random() < 0.5 else rng.choice(questions)
-        return Exchange(phrase(question, rng), entry["answer"], "product", entry.get("more", NO_MORE))
+        then = [(asked, answer) for asked, answer in entry.get("then", [])]
+        return Exchange(phrase(question, rng), entry["answer"], "product", entry.get("more", NO_MORE), then)
 
     def small_talk(self, intent: str = "") -> Exchange:
         """A greeting, thanks, a question about how Wren feels, ..."""
@@ -238,6 +300,10 @@ class Recipe:
     def unknown_fact(self) -> Exchange:
         """A question that a tiny model should not try to answer."""
         rng = self.rng
+        if rng.random() < 0.45:
+            question, answer = rng.choice(self.beyond)
+            answer = answer or rng.choice(self.unknown["statements"])
+            return Exchange(question if rng.random() < 0.6 else question.lower().rstrip("?."), answer, "chat")
         question = rng.choice(self.unknown["ask"])
         question = re.sub(r"\{(\w+)\}", lambda m: str(rng.choice(self.unknown["things"][m[1]])), question)
         return Exchange(phrase(question, rng), rng.choice(self.unknown["answers"]), "chat")
@@ -303,7 +369,7 @@ class Recipe:
         """One exchange of a random kind. In long conversations stories are rarer, as they are long."""
         kinds: list[tuple[Callable[[], Exchange], float]] = [
             (self.product, 44), (self.small_talk, 18), (self.tale, 6 if multi else 17), (self.common_fact, 9),
-            (self.unknown_fact, 8), (self.poem, 2), (self.repeat, 3),
+            (self.unknown_fact, 9), (self.poem, 2), (self.repeat, 3),
         ]  # fmt: skip
         draw, weights = zip(*kinds, strict=True)
         return self.rng.choices(draw, weights)[0]()
@@ -333,7 +399,7 @@ class Recipe:
         if length > 1 and draw < 0.4:
             return self.small_talk("greeting"), ""
         if draw > (0.9 if length > 1 else 0.97):
-            name = rng.choice(BOYS + GIRLS) if rng.random() < 0.8 else rng.choice(TRAITS).capitalize()
+            name = any_name(rng)
             question = rng.choice(INTRODUCTIONS).format(n=name) + rng.choice(("", "", ".", "!"))
             question = question[:1].upper() + question[1:] if rng.random() < 0.5 else question
             return Exchange(question, f"Nice to meet you, {name}! I'm Wren. How can I help you?", "chat"), name
@@ -348,8 +414,9 @@ class Recipe:
             return Exchange(question, f"Your name is {name}.", "chat"), name if rng.random() < 0.2 else ""
         if last.follow_ups and draw < 0.45:
             question, answer = rng.choice(last.follow_ups)
-            return Exchange(phrase(question, rng, 0.3), answer, "story", follow_ups=last.follow_ups), name
-        if last.follow_ups and draw < 0.6:
+            story_goes_on = last.follow_ups if last.kind == "story" else []
+            return Exchange(phrase(question, rng, 0.3), answer, last.kind, follow_ups=story_goes_on), name
+        if last.kind == "story" and draw < 0.6:
             another = self.tale()
             another.question = phrase(rng.choice(ANOTHER), rng, 0.3)
             return another, name
@@ -362,7 +429,7 @@ class Recipe:
     def persona(self) -> list[Message]:
         """A conversation in which the system prompt names a character, and the answers come from that character."""
         rng = self.rng
-        name, trait = rng.choice(BOYS + GIRLS), rng.choice(TRAITS)
+        name, trait = any_name(rng), rng.choice(TRAITS)
         kind = rng.choice((*PEOPLE, *CREATURES, *ANIMALS))
         who = article(f"{trait} {kind}")
         system = rng.choice(("You are {n}, {w}.", "You are {n}, {w}. Stay in character.", "Your name is {n}. You are {w}."))
@@ -385,11 +452,11 @@ class Recipe:
     def document(self) -> str | list[Message]:
         """Plain text, or the messages of a conversation."""
         draw = self.rng.random()
-        if draw < 0.05:
+        if draw < 0.08:
             return self.rng.choice(self.tales)
-        if draw < 0.06:
+        if draw < 0.09:
             return story(self.rng)[1]
-        if draw < 0.07 and self.dialogues:
+        if draw < 0.10 and self.dialogues:
             return self.chit_chat()
         return self.conversation()
 

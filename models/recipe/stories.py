@@ -18,14 +18,23 @@ ANIMALS = (
     "monkey penguin whale dolphin fish octopus crab bee butterfly ladybird ant snail worm spider horse pony donkey cow "
     "sheep lamb goat pig piglet chicken rooster goose swan crow robin wren sparrow parrot eagle deer wolf badger mole "
     "otter beaver seal camel giraffe zebra hippo rhino kangaroo koala panda raccoon bat lizard snake crocodile "
-    "hamster starfish seahorse shark peacock flamingo moose reindeer caterpillar dragonfly firefly cricket"
+    "hamster starfish seahorse shark peacock flamingo moose reindeer caterpillar dragonfly firefly cricket dinosaur "
+    "donkey llama sloth gorilla cheetah leopard panther falcon hawk pigeon pelican magpie lobster salmon jellyfish mole "
+    "ferret skunk yak buffalo antelope gecko toad beetle moth grasshopper kitty bunny chick calf foal puffin raven"
 ).split()
-CREATURES = "dragon unicorn fairy giant troll ghost mermaid elf gnome monster phoenix wizard witch robot alien".split()
+CREATURES = (
+    "dragon unicorn fairy giant troll ghost mermaid elf gnome monster phoenix wizard witch robot alien goblin "
+    "ogre yeti genie dwarf vampire werewolf superhero ninja spirit"
+).split()
 PEOPLE = (
     "girl boy princess prince king queen knight pirate farmer baker sailor gardener teacher painter doctor "
-    "astronaut fisherman shepherd clockmaker postman detective musician cook builder"
+    "astronaut fisherman shepherd clockmaker postman detective musician cook builder nurse firefighter policeman "
+    "scientist inventor magician clown dancer singer soldier captain explorer tailor miller chef pilot hunter cowboy "
+    "viking grandmother grandfather baby child man woman student emperor carpenter librarian"
 ).split()
 THINGS_ALIVE = "train boat teapot cloud snowman car tractor star kite lantern scarecrow toy spaceship tree".split()
+
+MADE_UP = "robot space snow sea fire cloud moon toy ghost baby mountain ice clockwork paper candy rainbow".split()
 
 OBJECTS = (
     "key ball kite hat book map drum bell lamp lantern ring crown coin apple cake pie button blanket scarf boot shoe "
@@ -33,7 +42,10 @@ OBJECTS = (
     "mirror clock watch flute violin trumpet guitar whistle paintbrush pencil letter ribbon rope ladder bucket spoon "
     "cup teapot balloon boat wagon bicycle swing doll puppet teddy puzzle treasure diamond pearl wand sword shield "
     "compass telescope magnet candle pillow backpack jar pumpkin carrot cookie sandwich sweater necklace bracelet "
-    "snowball sled computer radio camera keyboard machine rocket train car"
+    "snowball sled computer radio camera keyboard machine rocket train car bus truck plane helicopter tent chair table door "
+    "window wheel bone nut berry cherry banana lemon cupcake donut chocolate candy bread cheese muffin waffle hammer "
+    "spade broom chest flag mask glove sock jacket dress purse bag coat gem ruby emerald statue painting "
+    "photo newspaper diary notebook card phone bridge sandcastle tower piano harp cloud rainbow sunflower tulip mushroom"
 ).split()
 MAKEABLE = (  # things one can make by hand, for the plots "build" and "gift"
     "kite hat book map drum bell lamp lantern crown cake pie blanket scarf mitten basket box boat wagon swing doll puppet "
@@ -48,15 +60,27 @@ PLACES: dict[str, str] = {
     "kitchen": "in", "market": "in", "museum": "in", "orchard": "in", "swamp": "in", "zoo": "in", "woods": "in",
     "farm": "on", "island": "on", "mountain": "on", "beach": "on", "hill": "on", "ship": "on", "moon": "on",
     "river": "by", "lake": "by", "sea": "by", "pond": "by", "lighthouse": "at", "bakery": "at", "harbour": "at",
-    "ocean": "by", "waterfall": "by", "mill": "at", "circus": "at", "station": "at",
+    "ocean": "by", "waterfall": "by", "mill": "at", "circus": "at", "station": "at", "hospital": "in", "rainforest": "in",
+    "town": "in", "house": "in", "tower": "in", "palace": "in", "cottage": "in", "playground": "in", "field": "in", "shop": "in",
+    "attic": "in", "tree house": "in", "bridge": "by", "volcano": "by", "stream": "by", "airport": "at", "restaurant": "at",
+    "train": "on", "roof": "on", "planet": "on", "cliff": "on",
 }  # fmt: skip
 PLACE_TRAITS = "quiet green sunny big old little beautiful faraway".split()
 
-TRAITS = "little brave kind small curious gentle clever cheerful shy funny young friendly happy quiet".split()
-BOYS = "Tom Max Leo Sam Ben Finn Oscar Jack Theo Hugo Pip Milo Toby Felix Otto Rufus Barnaby Gus Jasper Ollie".split()
-GIRLS = "Mia Lily Anna Zoe Ruby Ella Clara Nora Daisy Rosie Poppy Luna Hazel Ivy Tilly Molly Bella Maya Willa June".split()
-MALE = "boy prince king knight rooster wizard fisherman postman snowman giant".split()
-FEMALE = "girl princess queen witch mermaid fairy cow".split()
+TRAITS = (
+    "little brave kind small curious gentle clever cheerful shy funny young friendly happy quiet lonely lazy grumpy sleepy "
+    "silly hungry tiny big old wise magical green blue pink purple white black"
+).split()
+BOYS = (
+    "Tom Max Leo Sam Ben Finn Oscar Jack Theo Hugo Pip Milo Toby Felix Otto Rufus Barnaby Gus Jasper Ollie "
+    "Adam Noah Liam Ethan Lucas Henry Daniel David Peter Paul John James Harry Charlie George Arthur Simon Mark Tim Bob Rex Spot"
+).split()
+GIRLS = (
+    "Mia Lily Anna Zoe Ruby Ella Clara Nora Daisy Rosie Poppy Luna Hazel Ivy Tilly Molly Bella Maya Willa June "
+    "Emma Olivia Sophie Alice Sarah Lisa Jane Lucy Mary Eva Nina Julia Laura Maria Kate Grace Amy Sally Betty Susan Elsa Lina"
+).split()
+MALE = "boy prince king knight rooster wizard fisherman postman snowman giant policeman cowboy grandfather man emperor".split()
+FEMALE = "girl princess queen witch mermaid fairy cow grandmother woman".split()
 
 THEMES: dict[str, tuple[str, str]] = {  # theme -> (plot, moral)
     "friendship": ("stranger", "a good friend can be very different from you"),
@@ -534,7 +558,7 @@ class Cast:
         asked_thing = bool(self.thing)
         self.thing = self.thing or rng.choice(MAKEABLE if self.plot in ("build", "gift") else OBJECTS)
         name, (he, him, his) = pronouns(self.hero, rng)
-        if self.name:
+        if self.name in BOYS or self.name in GIRLS:
             he, him, his = ("he", "him", "his") if self.name in BOYS else ("she", "her", "her")
         self.name = self.name or name
         h_name, (h_he, h_him, h_his) = pronouns(self.helper, rng)
@@ -625,8 +649,18 @@ ASKED = (
 
 
 def any_hero(rng: random.Random) -> str:
-    """The kind of a hero; rarer kinds (things that are alive) are included."""
+    """The kind of a hero; rarer kinds (things that are alive, made-up ones) are included."""
+    if rng.random() < 0.06:
+        return f"{rng.choice(MADE_UP)} {rng.choice(ANIMALS)}"
     return rng.choice(rng.choice([ANIMALS, ANIMALS, PEOPLE, CREATURES, THINGS_ALIVE]))
+
+
+def any_name(rng: random.Random) -> str:
+    """A common name, or now and then one that nobody ever had, so that the model learns to copy names."""
+    if rng.random() < 0.8:
+        return rng.choice(BOYS + GIRLS)
+    syllables = (rng.choice("bdfgklmnprstvwz") + rng.choice("aeiou") for _ in range(rng.randint(1, 3)))
+    return ("".join(syllables) + rng.choice(("", "n", "x", "la", "ro", "sh", "my"))).capitalize()
 
 
 def story(rng: random.Random, bare: float = 0.12) -> tuple[str, str, Cast]:
@@ -650,7 +684,7 @@ def story(rng: random.Random, bare: float = 0.12) -> tuple[str, str, Cast]:
     if "theme" in asked:
         cast.theme = rng.choice(list(THEMES))
     if asked == "name":
-        cast.name = rng.choice(BOYS if cast.hero in MALE else GIRLS if cast.hero in FEMALE else BOYS + GIRLS)
+        cast.name = rng.choice(BOYS) if cast.hero in MALE else rng.choice(GIRLS) if cast.hero in FEMALE else any_name(rng)
     cast.plot = {"lost": "lost", "lost_who": "lost", "wish": "wish", "fear": "fear"}.get(asked, cast.plot)
     cast.complete(rng)
     return rng.choice(ABOUT).format(x=request(cast, asked)), cast.tell(rng), cast
