@@ -1,0 +1,342 @@
+"""Runs a loaded transformers model: prefill in chunks, one token at a time, with the KV cache kept between requests."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+from loaders._hf_load import Loaded, is_out_of_memory
+from modules.assemble import TokenAssembler
+from modules.detokenize import WindowDetokenizer
+from modules.engine import CancelToken
+from modules.errors import ContextLengthExceeded, GenerateOutOfMemory, GenerationFailed, InvalidParameter
+from modules.samplers import SamplerChain, new_seed, token_logprob
+from modules.schema import Done, Event, GenerationRequest, PrefillProgress, Timings, TokenEvent, TokenLogprob, Usage
+
+_SHORTER = "Shorten the prompt, or load the model with a larger context."
+
+
+class PrefixCache:
+    """The KV cache of the last request and the ids it holds, so that the next turn computes only what is new."""
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+        self.cache: Any = None
+        self.ids: list[int] = []
+
+    def reuse(self, prompt: Sequence[int]) -> int:
+        """Cut the cache down to what it shares with `prompt`; the number of tokens that need not be computed again.
+
+        At least the last token is left over: its logits are needed.
+        """
+        shared = 0
+        limit = min(len(self.ids), len(prompt) - 1)
+        while shared < limit and self.ids[shared] == prompt[shared]:
+            shared += 1
+        if self.cache is None or shared == 0 or not self._crop(shared):
+            self.reset()
+            return 0
+        return shared
+
+    def _crop(self, length: int) -> bool:
+        surplus = len(self.ids) - length
+        if surplus:
+            # Recurrent layers can't go back, and a sliding window that has moved on has lost what it would need.
+            if not all(getattr(layer, "is_croppable", False) for layer in self.cache.layers):
+                return False
+            try:
+                self.cache.crop(-surplus)
+            except (RuntimeError, ValueError) as error:
+                print(f"prefix cache: {error}", file=sys.stderr)
+                return False
+            del self.ids[length:]
+        return True
+
+    def reset(self) -> None:
+        from transformers import DynamicCache
+
+        self.cache = DynamicCache(config=self._config)
+        self.ids = []
+
+
+class HfRunner:
+    """All computing on one loaded model. Not thread-safe but for `text`."""
+
+    def __init__(self, loaded: Loaded, prefill_chunk: int) -> None:
+        import torch
+
+        self._torch = torch
+        self._model = loaded.model
+        self._device = loaded.input_device
+        self._on_cpu = loaded.input_device.type == "cpu"
+        self.text = loaded.text
+        self.info = loaded.info
+        self._eos_ids = loaded.eos_ids
+        self._chunk = prefill_chunk
+        self._prefix = PrefixCache(loaded.model.config)
+        newline = self.text.encode("\n", add_special=False)[-1:]
+        self._protected = frozenset(loaded.eos_ids | set(newline))
+        self._step([*self._prompt_of_one()], 1)  # the first pass sets up kernels: not in the first request's time
+        self._prefix.reset()
+
+    def _prompt_of_one(self) -> list[int]:
+        return [self.text.bos_id if self.text.bos_id is not None else min(self._eos_ids, default=0)]
+
+    # --- generation -----------------------------------------------------------------------------------------
+
+    def prompt_ids(self, request: GenerationRequest) -> list[int]:
+        """The request's prompt as ids, checked against the context and the vocabulary. An empty prompt is BOS, or EOS."""
+        if request.token_ids is not None:
+            ids = list(request.token_ids)
+            if any(not 0 <= i < self.info.vocab_size for i in ids):
+                raise InvalidParameter(f"A token id is outside the vocabulary of {self.info.vocab_size}.", param="prompt")
+        else:
+            ids = self.text.encode(request.prompt or "", request.add_special)
+        ids = ids or self._prompt_of_one()
+        if len(ids) >= self.info.context_length:
+            raise ContextLengthExceeded(
+                f"The prompt has {len(ids)} tokens; this model's context holds {self.info.context_length}.", hint=_SHORTER
+            )
+        return ids
+
+    def generate(
+        self, request: GenerationRequest, cancel: CancelToken, sampler: dict[str, Any], ignored: dict[str, str]
+    ) -> Iterator[Event | None]:
+        started = time.perf_counter()
+        ids = self.prompt_ids(request)
+        assembler = self._assembler(request, ids)
+        chain = SamplerChain(
+            sampler,
+            ids,
+            self.info.vocab_size,
+            eos_ids=assembler.end_ids or self._eos_ids,
+            token_text=self.text.token_text,
+            protected_ids=self._protected,
+        )
+        cached = self._prefix.reuse(ids)
+        first = last = 0.0
+        try:
+            logits = None
+            for done, logits in self._prefill(ids, cached, cancel):
+                yield PrefillProgress(request.request_id, done, len(ids))
+            if request.echo:
+                yield self._echo(request, ids)
+            while assembler.finish_reason is None:
+                if cancel.cancelled or logits is None:
+                    event = assembler.cancel()
+                else:
+                    token, entry = self._pick(chain, logits, request.logprobs, not assembler.may_end)
+                    event = assembler.push(token, entry)
+                    last = time.perf_counter()
+                    first = first or last
+                if event is not None:
+                    yield event
+                if assembler.finish_reason is None:
+                    logits = self._step([token], 1)
+        except Exception as error:
+            self._prefix.reset()  # the cache may hold half a step
+            self._raise_typed(error)
+        yield self._done(request, assembler, ids, cached, (started, first or time.perf_counter(), last), chain, ignored)
+
+    def _assembler(self, request: GenerationRequest, ids: list[int]) -> TokenAssembler:
+        decode = self.text.decoder(bool(request.sampling.get("skip_special_tokens", True)))
+        return TokenAssembler(request, WindowDetokenizer(decode, ids), self._eos_ids, self.info.context_length - len(ids))
+
+    def _prefill(self, ids: list[int], cached: int, cancel: CancelToken) -> Iterator[tuple[int, Any]]:
+        """(tokens in the cache, logits of the last of them) after each chunk; stops early when cancelled."""
+        position = cached
+        while position < len(ids) and not cancel.cancelled:
+            chunk = ids[position : position + self._chunk]
+            logits = self._step(chunk, 1)
+            position += len(chunk)
+            yield position, logits if position == len(ids) else None
+
+    def _step(self, ids: list[int], keep: int) -> Any:
+        """One forward pass over the next `ids`; the logits of the last `keep` positions: [vocab] for 1, else [keep, vocab]."""
+        torch, prefix = self._torch, self._prefix
+        if prefix.cache is None:
+            prefix.reset()
+        with torch.inference_mode():
+            tokens = torch.tensor([ids]) if self._on_cpu else torch.tensor([ids], device=self._device)
+            output = self._model(input_ids=tokens, past_key_values=prefix.cache, use_cache=True, logits_to_keep=keep)
+            prefix.ids.extend(ids)
+            logits = output.logits[0]
+            return logits[-1] if keep == 1 else logits[-keep:]
+
+    def _pick(self, chain: SamplerChain, logits: Any, logprobs: int | None, ban_ends: bool) -> tuple[int, TokenLogprob | None]:
+        if chain.is_argmax and logprobs is None and not ban_ends:
+            token = int(logits.argmax())
+            chain.accept(token)
+            return token, None
+        row = logits.float().cpu().numpy()
+        # A row of the model's padding beyond the tokenizer's vocabulary stays: its logits are trained down.
+        token = chain.sample(row, ban_ends=ban_ends)
+        return token, None if logprobs is None else token_logprob(row, token, logprobs, self.text.token_text)
+
+    def _echo(self, request: GenerationRequest, ids: list[int]) -> TokenEvent:
+        """The prompt's own tokens as the first event; with logprobs, each token's under those before it."""
+        entries: tuple[TokenLogprob, ...] = ()
+        if request.logprobs is not None:
+            values = [0.0, *self._score_beside(ids)]
+            entries = tuple(TokenLogprob(i, self.text.token_text(i), v) for i, v in zip(ids, values, strict=True))
+        text = request.prompt if request.prompt is not None else self.text.decode(ids)
+        return TokenEvent(request.request_id, -1, tuple(ids), text, entries)
+
+    def _done(
+        self,
+        request: GenerationRequest,
+        assembler: TokenAssembler,
+        ids: list[int],
+        cached: int,
+        times: tuple[float, float, float],
+        chain: SamplerChain,
+        ignored: dict[str, str],
+    ) -> Done:
+        started, first, last = times
+        assert assembler.finish_reason is not None
+        return Done(
+            request.request_id,
+            assembler.finish_reason,
+            Usage(len(ids), assembler.count, cached),
+            Timings(first - started, max(last - first, 0.0)),
+            stop_match=assembler.stop_match,
+            peak_memory_bytes=self._peak_memory(),
+            applied=chain.applied,
+            ignored=ignored | chain.ignored,
+            seed=chain.seed,
+        )
+
+    def beam_search(
+        self, request: GenerationRequest, cancel: CancelToken, arguments: dict[str, Any], ignored: dict[str, str]
+    ) -> Iterator[Event | None]:
+        """Beams through `generate()`: the text comes at the end, in one piece."""
+        from transformers import StoppingCriteriaList
+
+        torch = self._torch
+        started = time.perf_counter()
+        ids = self.prompt_ids(request)
+        assembler = self._assembler(request, ids)
+        room = self.info.context_length - len(ids)
+        limit = room if request.stop.max_tokens is None else min(request.stop.max_tokens, room)
+        ends = sorted(assembler.end_ids)
+        banned = request.sampling.get("ban_eos_token", False) or not ends
+        yield PrefillProgress(request.request_id, 0, len(ids))
+        found: list[int] = []
+        if limit > 0:
+            try:
+                output = self._model.generate(
+                    torch.tensor([ids], device=self._device),
+                    attention_mask=torch.ones((1, len(ids)), dtype=torch.long, device=self._device),
+                    max_new_tokens=limit,
+                    min_new_tokens=limit if banned else min(request.stop.min_tokens, limit),
+                    eos_token_id=ends or None,
+                    pad_token_id=ends[0] if ends else 0,
+                    stopping_criteria=StoppingCriteriaList([lambda rows, *_, **__: torch.full((len(rows),), cancel.cancelled)]),
+                    **arguments,
+                )
+            except Exception as error:
+                self._raise_typed(error)
+            found = output[0, len(ids) :].tolist()
+        yield PrefillProgress(request.request_id, len(ids), len(ids))
+        ended = time.perf_counter()
+        for token in found:
+            if assembler.finish_reason is None:
+                event = assembler.push(token)
+                if event is not None:
+                    yield event
+        if assembler.finish_reason is None:
+            event = assembler.cancel()
+            if event is not None:
+                yield event
+        yield Done(
+            request.request_id,
+            "cancelled" if cancel.cancelled else assembler.finish_reason or "length",
+            Usage(len(ids), assembler.count),
+            Timings(0.0, ended - started),
+            stop_match=assembler.stop_match,
+            peak_memory_bytes=self._peak_memory(),
+            applied={k: v for k, v in arguments.items() if k != "do_sample"},
+            ignored=ignored,
+            seed=new_seed() if request.sampling.get("seed", -1) < 0 else request.sampling["seed"],
+        )
+
+    # --- scoring and embedding ------------------------------------------------------------------------------
+
+    def score(self, token_ids: Sequence[int]) -> list[float]:
+        """Log-probability of each token after the first. Takes the place of the prefix cache."""
+        if len(token_ids) > self.info.context_length:
+            raise ContextLengthExceeded(
+                f"{len(token_ids)} tokens do not fit into the context of {self.info.context_length}.", hint=_SHORTER
+            )
+        ids = list(token_ids)
+        self._prefix.reset()
+        scores: list[float] = []
+        try:
+            for start in range(0, max(len(ids) - 1, 0), self._chunk):
+                chunk = ids[start : min(start + self._chunk, len(ids) - 1)]
+                rows = self._step(chunk, len(chunk)).float().reshape(len(chunk), -1)
+                wanted = self._torch.tensor(ids[start + 1 : start + 1 + len(chunk)], device=rows.device)
+                picked = rows.gather(1, wanted[:, None])[:, 0] - rows.logsumexp(dim=1)
+                scores.extend(picked.tolist())
+        except Exception as error:
+            self._prefix.reset()
+            self._raise_typed(error)
+        return scores
+
+    def _score_beside(self, ids: list[int]) -> list[float]:
+        """`score` with the generation's cache put aside."""
+        kept, self._prefix = self._prefix, PrefixCache(self._model.config)
+        try:
+            return self.score(ids)
+        finally:
+            self._prefix = kept
+
+    def embed(self, token_ids: Sequence[int]) -> list[float]:
+        """The mean of the last hidden states, scaled to length 1."""
+        torch = self._torch
+        if not 0 < len(token_ids) <= self.info.context_length:
+            raise ContextLengthExceeded(
+                f"{len(token_ids)} tokens do not fit into the context of {self.info.context_length}.", hint=_SHORTER
+            )
+        try:
+            with torch.inference_mode():
+                tokens = torch.tensor([list(token_ids)], device=self._device)
+                states = self._model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state[0].float()
+                return list(torch.nn.functional.normalize(states.mean(dim=0), dim=0).tolist())
+        except Exception as error:
+            self._raise_typed(error)
+
+    # --- memory and errors ----------------------------------------------------------------------------------
+
+    def device_memory(self) -> int | None:
+        torch = self._torch
+        if not torch.cuda.is_available():
+            return None
+        return sum(torch.cuda.memory_reserved(i) for i in range(torch.cuda.device_count())) or None
+
+    def _peak_memory(self) -> int | None:
+        torch = self._torch
+        if not self._on_cpu and torch.cuda.is_available():
+            return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+        try:
+            import resource
+        except ImportError:  # Windows
+            return None
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+    def _raise_typed(self, error: Exception) -> NoReturn:
+        """Raise the product's error for what torch raised; anything unknown as it is."""
+        if is_out_of_memory(error):
+            if self._torch.cuda.is_available():
+                self._torch.cuda.empty_cache()
+            raise GenerateOutOfMemory(
+                "The memory ran out in the middle of the answer.", hint="Use a shorter prompt or a smaller model."
+            ) from error
+        if isinstance(error, FloatingPointError):
+            raise GenerationFailed(
+                "The model gave numbers that are not finite.", hint="Load it in another dtype (bfloat16 instead of float16)."
+            ) from error
+        raise error
