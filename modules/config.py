@@ -75,6 +75,12 @@ class Config:
     lora_dir: Path = _option(ROOT / "loras", "Folder with LoRA adapters.", "Models", metavar="DIR")
     idle_timeout: float = _option(0.0, "Unload a model after so many minutes without a request; 0: never.", "Models")
     max_models: int = _option(0, "Models kept loaded at once; 0: as memory allows.", "Models")
+    model_switch: str = _option(
+        "on",
+        "May an API request load the model it names: off, ask (a notice in the page), on.",
+        "Models",
+        choices=("off", "ask", "on"),
+    )
     strict_parameters: bool = _option(False, "Refuse a request with a parameter the backend can't honour.", "Models")
 
     # Data
@@ -248,7 +254,7 @@ _OPTION_KINDS: dict[str, Kind] = {
     "float": "float",
     "str": "str",
     "choice": "str",
-    "path": "path",
+    "path": "str",
     "paths": "list",
 }
 
