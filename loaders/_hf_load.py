@@ -22,7 +22,6 @@ from modules.errors import (
     InvalidParameter,
     LoadError,
     LoadOutOfMemory,
-    ModelNotFound,
     UnsafeModel,
 )
 from modules.schema import LoadProgress, ModelInfo, Quantization
@@ -99,7 +98,7 @@ def load(path: str, options: dict[str, Any], progress: Progress) -> Loaded:
 def check_folder(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     """config.json, after the checks that need no library: files present, no code to run, no pickles."""
     if not folder.exists():
-        raise ModelNotLoadable(f"There is nothing at {folder}.")
+        raise LoadError(f"There is nothing at {folder}.", hint="Refresh the model list: it was moved or deleted.")
     if not (folder / "config.json").is_file():
         raise CorruptModel(f"{folder.name} has no config.json.", hint="Point at the folder that holds config.json and *.safetensors.")
     config: dict[str, Any] = {}
@@ -126,13 +125,6 @@ def check_folder(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise CorruptModel(f"{folder.name} has no tokenizer.", hint="Add tokenizer.json from where the model came from.")
     return config
-
-
-class ModelNotLoadable(LoadError):
-    """The path leads nowhere; the code is the one clients know."""
-
-    code = ModelNotFound.code
-    http_status = 404
 
 
 def check_report(report: dict[str, Any]) -> None:
