@@ -115,6 +115,9 @@ class NewConversation:
 class ChatStore(ABC):
     """All methods raise NotFound for an unknown id and StorageError's subclasses when the disk refuses."""
 
+    notices: list[Notice]
+    """What `open` found and did, for the page."""
+
     @abstractmethod
     async def open(self) -> list[Notice]:
         """Lock, check, repair, migrate. Answers that were being written when the last process ended become `interrupted`."""

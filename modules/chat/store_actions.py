@@ -79,7 +79,11 @@ class Actions:
 
     def add_conversation(self, new: NewConversation) -> Snapshot:
         conversation = self._insert_conversation(
-            new.title or DEFAULT_TITLE, not new.title, new.system_prompt, new.pinned, new.created_at or time.time()
+            new.title or auto_title(next((node.text for node in new.nodes if node.role == "user"), "")),
+            not new.title,
+            new.system_prompt,
+            new.pinned,
+            new.created_at or time.time(),
         )
         ids = {node.key: new_id() for node in new.nodes}
         if len(ids) != len(new.nodes):

@@ -33,6 +33,7 @@ class SqliteChatStore(ChatStore):
     ) -> None:
         self.path = folder / "chats.sqlite"
         self.backups = Backups(self.path)
+        self.notices = []
         self._folder = folder
         self._lock = DataDirLock(folder)
         self._migrations = migrations
@@ -46,7 +47,8 @@ class SqliteChatStore(ChatStore):
     # -- life
 
     async def open(self) -> list[Notice]:
-        return await self._in_thread(self._open)
+        self.notices = await self._in_thread(self._open)
+        return self.notices
 
     async def close(self) -> None:
         await self._in_thread(self._close)

@@ -148,7 +148,7 @@ class TemplateRenderer:
             return text
         raise TemplateError(
             f"The model's chat template failed: {reply['error']}",
-            hint="Choose another template for this model, or check the order of the messages.",
+            hint="Check the order of the messages, or use another model.",
             detail={"kind": reply.get("kind")},
         )
 
