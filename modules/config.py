@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import importlib
 import ipaddress
 import os
 import shlex
@@ -292,11 +293,13 @@ def build_parser(rows: Sequence[Option]) -> argparse.ArgumentParser:
     return parser
 
 
-def add_options(parser: argparse.ArgumentParser, rows: Sequence[Option]) -> None:
+def add_options(parser: argparse.ArgumentParser, rows: Sequence[Option], hidden: bool = False) -> None:
+    """The rows as arguments that set nothing unless given."""
     groups: dict[str, argparse._ArgumentGroup] = {}
     for row in rows:
-        group = groups.setdefault(row.group, parser.add_argument_group(row.group)) if row.group else parser
-        group.add_argument(*row.flags(), dest=row.name, help=_help(row), **_argparse_kind(row))
+        target: Any = parser if hidden else groups.setdefault(row.group, parser.add_argument_group(row.group))
+        text = argparse.SUPPRESS if hidden else _help(row)
+        target.add_argument(*row.flags(), dest=row.name, help=text, default=argparse.SUPPRESS, **_argparse_kind(row))
 
 
 def _help(row: Option) -> str:
@@ -380,7 +383,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None, root: P
     command, before, after = split_command(line)
     parser = build_parser([*rows, *loader_rows])
     _list_commands(parser)
-    given, arguments = _parse_line(parser, command, before, after)
+    given, arguments = _parse_line(parser, command, before, after, [*rows, *loader_rows])
     if given.pop("print_config", False):
         print(sample_file([*rows, *loader_rows]))
         raise SystemExit(0)
@@ -400,21 +403,32 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None, root: P
 
 
 def _parse_line(
-    parser: argparse.ArgumentParser, command: str, before: list[str], after: list[str]
+    parser: argparse.ArgumentParser, command: str, before: list[str], after: list[str], rows: Sequence[Option]
 ) -> tuple[dict[str, Any], argparse.Namespace | None]:
-    """Server flags may stand on both sides of the subcommand; what its own parser knows after it is its own."""
-    arguments = None
-    if command != "serve":
-        import importlib
-
-        holder = _Parser(prog="server.py", allow_abbrev=False)
-        subparsers = holder.add_subparsers(dest="command", parser_class=_Parser)
-        importlib.import_module(COMMANDS[command].module).add_parser(subparsers)
-        arguments, after = holder.parse_known_args([command, *after])
-    given, unknown = parser.parse_known_args([*before, *after])
+    """Server flags may stand on both sides of a subcommand; what its own parser has after it is its own."""
+    given, unknown = parser.parse_known_args(before if command != "serve" else [*before, *after])
     if unknown:
         raise ConfigError(_unknown_flag(unknown[0], parser))
-    return vars(given), arguments
+    values = vars(given)
+    if command == "serve":
+        return values, None
+    holder = _Parser(prog="server.py", allow_abbrev=False)
+    subparsers = holder.add_subparsers(dest="command", parser_class=_Parser)
+    importlib.import_module(COMMANDS[command].module).add_parser(subparsers)
+    own: argparse.ArgumentParser = subparsers.choices[command]
+    shared = _without_conflicts(own, rows)
+    add_options(own, shared, hidden=True)
+    arguments, unknown = holder.parse_known_args([command, *after])
+    if unknown:
+        raise ConfigError(_unknown_flag(unknown[0], own))
+    values.update({row.name: getattr(arguments, row.name) for row in shared if hasattr(arguments, row.name)})
+    return values, arguments
+
+
+def _without_conflicts(own: argparse.ArgumentParser, rows: Sequence[Option]) -> list[Option]:
+    flags = set(own._option_string_actions)
+    taken = {action.dest for action in own._actions}
+    return [row for row in rows if row.name not in taken and flags.isdisjoint(row.flags())]
 
 
 def _unknown_flag(flag: str, parser: argparse.ArgumentParser) -> str:

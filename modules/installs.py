@@ -27,6 +27,8 @@ from modules.install_job import BUILD_TARGET
 from modules.overlays import env_specs, installer_dir, read_json, start_script, write_json
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from modules.events import EventBus
     from modules.overlays import Overlays
 
@@ -50,7 +52,10 @@ class Job:
 class InstallManager:
     """Belongs to the server's event loop. `close` before the loop ends."""
 
-    def __init__(self, overlays: Overlays, events: EventBus, *, torch: str = "auto") -> None:
+    def __init__(
+        self, overlays: Overlays, events: EventBus, *, torch: str = "auto", job: Sequence[str] = ("-m", "modules.install_job")
+    ) -> None:
+        self._job = tuple(job)
         self._overlays = overlays
         self._events = events
         self._torch = torch
@@ -150,7 +155,7 @@ class InstallManager:
 
     async def _run(self, job: Job) -> str | None:
         """None when it is installed, else the reason in one line."""
-        command = [sys.executable, "-m", "modules.install_job", str(self._overlays.set_dir), job.overlay, "--torch", self._torch]
+        command = [sys.executable, *self._job, str(self._overlays.set_dir), job.overlay, "--torch", self._torch]
         self._process = await asyncio.create_subprocess_exec(
             *command,
             cwd=self._overlays.root,
