@@ -58,6 +58,6 @@ class LocalLibrary:
             raise CorruptModel(model.problem)
         detect.check(model.path)
 
-    def bundled(self) -> list[ModelFiles]:
+    def bundled(self) -> Sequence[ModelFiles]:
         """The models that come with the product, echo left out."""
         return [model for model in self.list() if model.bundled and model.format != "echo" and not model.problem]

@@ -69,6 +69,7 @@ class ModelManager:
         start_worker: StartWorker,
         *,
         model_options: Callable[[str, str], Mapping[str, Any]] | None = None,
+        model_loader: Callable[[str], str | None] | None = None,
         switch_policy: SwitchPolicy = "on",
         idle_timeout_s: float = 0.0,
         max_models: int = 0,
@@ -80,6 +81,7 @@ class ModelManager:
         self._events = events
         self._start_worker = start_worker
         self._model_options = model_options or (lambda model, loader: {})
+        self._model_loader = model_loader or (lambda model: None)
         self.switch_policy: SwitchPolicy = switch_policy
         self.idle_timeout_s = idle_timeout_s
         self.max_models = max_models
@@ -175,7 +177,7 @@ class ModelManager:
         are cancelled, or ("beside") the old model stays. Raises ModelNotFound, IncompatibleModel, InvalidParameter.
         """
         model = await asyncio.to_thread(self._library.find, model_id)
-        spec = select(model, self._specs.values(), self._environment, loader)
+        spec = self._choose(model, loader)
         saved = self._model_options(model.id, spec.name)
         complete = complete_options(spec, saved, options)
         self._check_open()
@@ -216,6 +218,16 @@ class ModelManager:
             self._make_active(place)
         self._changed()
         return place.view()
+
+    def _choose(self, model: ModelFiles, loader: str | None) -> LoaderSpec:
+        """The loader asked for; else the one this model was last used with, while that can take it; else the best."""
+        usual = None if loader is not None else self._model_loader(model.id)
+        if usual in self._specs:
+            try:
+                return select(model, self._specs.values(), self._environment, usual)
+            except LoadError as error:
+                log.info("%s: not with its usual backend: %s", model.id, error)
+        return select(model, self._specs.values(), self._environment, loader)
 
     def _same(self, model: ModelFiles, spec: LoaderSpec, options: dict[str, Any], *, explicit: bool) -> Place | None:
         for place in reversed(self._places.values()):
