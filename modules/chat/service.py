@@ -298,16 +298,19 @@ class ChatService:
         """Save the answer's end, or leave it in memory for the next try."""
         assert writing.final is not None or not writing.run.done
         final = writing.final or {"status": "interrupted"}
+        news = not writing.saved.is_set()
         try:
             await self._store.finish(writing.node, writing.run.id, text=writing.text, **final)
         except StorageError as error:
             self._storage_failed(error)
         else:
+            news = True
             if self._writing.get(writing.node) is writing:
                 del self._writing[writing.node]
             self._storage_works()
         writing.saved.set()
-        self._publish(writing.conversation, None)
+        if news:
+            self._publish(writing.conversation, None)
 
     async def _checkpoints(self) -> None:
         while True:
