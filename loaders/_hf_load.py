@@ -9,11 +9,10 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loaders._hf_text import TextCodec
 from modules.detect.config_keys import CONFIG_FILES, refuse_code
-from modules.engine import Progress
 from modules.errors import (
     AppError,
     BackendUnavailable,
@@ -25,6 +24,9 @@ from modules.errors import (
     UnsafeModel,
 )
 from modules.schema import LoadProgress, ModelInfo, Quantization
+
+if TYPE_CHECKING:
+    from modules.engine import Progress
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 # Markers that end a turn in common chat templates; a template that writes one ends its answers with it.
@@ -100,7 +102,9 @@ def check_folder(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     if not folder.exists():
         raise LoadError(f"There is nothing at {folder}.", hint="Refresh the model list: it was moved or deleted.")
     if not (folder / "config.json").is_file():
-        raise CorruptModel(f"{folder.name} has no config.json.", hint="Point at the folder that holds config.json and *.safetensors.")
+        raise CorruptModel(
+            f"{folder.name} has no config.json.", hint="Point at the folder that holds config.json and *.safetensors."
+        )
     config: dict[str, Any] = {}
     for name in CONFIG_FILES:
         if not (folder / name).is_file():
@@ -351,7 +355,14 @@ def _input_device(model: Any, torch: Any) -> Any:
 
 
 def _describe(
-    path: str, options: dict[str, Any], model: Any, tokenizer: Any, config: Any, eos_ids: frozenset[int], notes: tuple[str, ...], torch: Any
+    path: str,
+    options: dict[str, Any],
+    model: Any,
+    tokenizer: Any,
+    config: Any,
+    eos_ids: frozenset[int],
+    notes: tuple[str, ...],
+    torch: Any,
 ) -> ModelInfo:
     text_config = config.get_text_config(decoder=True)
     trained = int(getattr(text_config, "max_position_embeddings", 0) or _DEFAULT_CONTEXT)
@@ -421,7 +432,11 @@ def typed(error: Exception, config: dict[str, Any]) -> AppError:
     kind = type(error).__name__
     if is_out_of_memory(error):
         return LoadOutOfMemory("The memory is too small for this model.", hint=_SMALLER)
-    if "does not recognize this architecture" in text or "Unrecognized configuration class" in text or "Unrecognized model" in text:
+    if (
+        "does not recognize this architecture" in text
+        or "Unrecognized configuration class" in text
+        or "Unrecognized model" in text
+    ):
         name = config.get("model_type") or (config.get("architectures") or ["unknown"])[0]
         return IncompatibleModel(
             f"This version of Transformers has no text-generating architecture {name!r}.",
@@ -432,7 +447,9 @@ def typed(error: Exception, config: dict[str, Any]) -> AppError:
     if "Safetensor" in kind or "header" in text.lower():
         return CorruptModel(f"The weights can't be read: {text}.", hint="Download the file again.")
     if "okenizer" in text or "ModelWrapper" in text or "vocab" in text:
-        return CorruptModel(f"The tokenizer can't be read: {text}.", hint="Get tokenizer.json from where the model came from again.")
+        return CorruptModel(
+            f"The tokenizer can't be read: {text}.", hint="Get tokenizer.json from where the model came from again."
+        )
     if isinstance(error, (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError)):
         return CorruptModel(f"config.json and the library do not agree: {kind}: {text}.", hint="Get config.json again.")
     return LoadError(f"Transformers could not load the model: {text}.", hint="The log has the details.")

@@ -96,8 +96,15 @@ CONTEXT = {
 }
 _FLAGS = ("embeddings", "offload_kqv", "no_perf", "op_offload", "swa_full", "kv_unified")
 _FLAG_DEFAULTS = bytes([0, 1, 1, 1, 1, 0])
-_EXPECTED_MODEL = {"n_gpu_layers": -1, "split_mode": 1, "load_mode": -1, "main_gpu": 0, "tensor_split": 0, "use_extra_bufts": True}
-_EXPECTED_CONTEXT = {"n_ctx": 512, "n_batch": 2048, "n_ubatch": 512, "n_seq_max": 1, "rope_scaling_type": -1}
+_EXPECTED_MODEL: dict[str, Any] = {
+    "n_gpu_layers": -1,
+    "split_mode": 1,
+    "load_mode": -1,
+    "main_gpu": 0,
+    "tensor_split": 0,
+    "use_extra_bufts": True,
+}
+_EXPECTED_CONTEXT: dict[str, Any] = {"n_ctx": 512, "n_batch": 2048, "n_ubatch": 512, "n_seq_max": 1, "rope_scaling_type": -1}
 _EXPECTED_CONTEXT |= {"flash_attn_type": -1, "rope_freq_base": 0.0, "rope_freq_scale": 0.0, "type_k": 1, "type_v": 1}
 
 _I, _F, _B, _U, _S = ctypes.c_int32, ctypes.c_float, ctypes.c_bool, ctypes.c_uint32, ctypes.c_char_p

@@ -8,17 +8,19 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from loaders._llama_capi import AbortCallback, Token
-from loaders._llama_load import LlamaModel
 from loaders._llama_sampling import NativeSampler
 from modules.assemble import TokenAssembler
 from modules.detokenize import ByteDetokenizer
-from modules.engine import CancelToken
 from modules.errors import ContextLengthExceeded, GenerateOutOfMemory, GenerationFailed, InvalidParameter
 from modules.samplers import token_logprob
 from modules.schema import Done, Event, GenerationRequest, PrefillProgress, Timings, TokenEvent, TokenLogprob, Usage
+
+if TYPE_CHECKING:
+    from loaders._llama_load import LlamaModel
+    from modules.engine import CancelToken
 
 _SHORTER = "Shorten the prompt, or load the model with a larger context (ctx_size)."
 _ABORTED = 2
@@ -54,7 +56,9 @@ class LlamaRunner:
             )
         return ids
 
-    def generate(self, request: GenerationRequest, cancel: CancelToken, grammar: str | None, ignored: dict[str, str]) -> Iterator[Event | None]:
+    def generate(
+        self, request: GenerationRequest, cancel: CancelToken, grammar: str | None, ignored: dict[str, str]
+    ) -> Iterator[Event | None]:
         started = time.perf_counter()
         model = self._model
         ids = self.prompt_ids(request)
@@ -74,6 +78,7 @@ class LlamaRunner:
             one = (Token * 1)()
             batch = self._lib.llama_batch_get_one(one, 1)
             decode, context, held = self._lib.llama_decode, model.ctx, self._ids
+            token: int | None = None
             while assembler.finish_reason is None:
                 if cancel.cancelled:
                     event = assembler.cancel()
@@ -89,7 +94,7 @@ class LlamaRunner:
                     first = first or last
                 if event is not None:
                     yield event
-                if assembler.finish_reason is None:
+                if assembler.finish_reason is None and token is not None:
                     one[0] = token
                     status = decode(context, batch)
                     if status:

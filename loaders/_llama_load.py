@@ -9,13 +9,15 @@ import sys
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loaders._llama_capi import AbortCallback, LlamaLibrary, LogCallback, ProgressCallback, Token
 from modules.detect.ggml_types import FILE_TYPES
-from modules.engine import Progress
 from modules.errors import CorruptModel, IncompatibleModel, InvalidParameter, LoadError, LoadOutOfMemory
 from modules.schema import LoadProgress, ModelInfo, Quantization
+
+if TYPE_CHECKING:
+    from modules.engine import Progress
 
 CACHE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "iq4_nl": 20, "bf16": 30}
 SPLIT_MODES = {"none": 0, "layer": 1, "row": 2}
@@ -292,7 +294,9 @@ def load_error(lines: list[str]) -> LoadError:
         return IncompatibleModel(f"llama.cpp does not know this tokenizer: {reason}.", hint="Update llama.cpp.")
     if re.search(r"allocat|out of memory|ENOMEM|mmap failed.*memory", text):
         return LoadOutOfMemory("The memory is too small for this model.", hint=_SMALLER)
-    return CorruptModel(f"llama.cpp can't read the file: {reason}.", hint="Download it again; the file may be incomplete or damaged.")
+    return CorruptModel(
+        f"llama.cpp can't read the file: {reason}.", hint="Download it again; the file may be incomplete or damaged."
+    )
 
 
 def _first(lines: Sequence[str]) -> str:

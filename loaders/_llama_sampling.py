@@ -106,7 +106,13 @@ class NativeSampler:
     """One generation's sampler chain. `next` picks from the logits of the last decode; close it when done."""
 
     def __init__(
-        self, model: LlamaModel, sampling: Mapping[str, Any], prompt_ids: Sequence[int], *, grammar: str | None, end_ids: frozenset[int]
+        self,
+        model: LlamaModel,
+        sampling: Mapping[str, Any],
+        prompt_ids: Sequence[int],
+        *,
+        grammar: str | None,
+        end_ids: frozenset[int],
     ) -> None:
         self._model, self._lib = model, model.lib
         self._end_ids = sorted(i for i in end_ids or model.eos_ids if 0 <= i < model.n_vocab)
@@ -155,7 +161,9 @@ class NativeSampler:
         handle = self._lib.llama_sampler_init_grammar(self._model.vocab, grammar.encode("utf-8"), b"root")
         if not handle:
             raise InvalidGrammar(
-                f"The grammar can't be read: {self._model.log.last()}.", hint="It must be GBNF with a rule named root.", param="grammar"
+                f"The grammar can't be read: {self._model.log.last()}.",
+                hint="It must be GBNF with a rule named root.",
+                param="grammar",
             )
         return int(handle)
 

@@ -21,9 +21,7 @@ if TYPE_CHECKING:
     from loaders._llama_load import LlamaModel
 
 _CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
-_LACKING = frozenset(
-    "guidance_scale penalty_alpha num_beams length_penalty early_stopping prompt_lookup_num_tokens".split()
-)
+_LACKING = frozenset("guidance_scale penalty_alpha num_beams length_penalty early_stopping prompt_lookup_num_tokens".split())
 
 SPEC = LoaderSpec(
     name="llamacpp",
@@ -113,9 +111,7 @@ SPEC = LoaderSpec(
             choices=("off", "distribute", "isolate", "numactl"),
             advanced=True,
         ),
-        OptionSpec(
-            "no_kv_offload", "bool", False, "Keep the KV cache off the GPU.", aliases=("no-kv-offload",), advanced=True
-        ),
+        OptionSpec("no_kv_offload", "bool", False, "Keep the KV cache off the GPU.", aliases=("no-kv-offload",), advanced=True),
         OptionSpec("rope_freq_base", "float", 0.0, "RoPE base frequency; 0 is the model's.", minimum=0, advanced=True),
         OptionSpec("rope_freq_scale", "float", 0.0, "RoPE frequency scale; 0 is the model's.", minimum=0, advanced=True),
         OptionSpec(
@@ -206,15 +202,15 @@ class LlamaCppEngine(Engine):
         return self.runner.generate(request, cancel, grammar, ignored)
 
     def _schema_grammar(self, schema: dict[str, Any]) -> str:
-        """GBNF for a JSON schema, by the converter of the library in use."""
+        """GBNF for a JSON schema: llama-cpp-python's converter, or ours, as xllamacpp's makes no GBNF."""
+        from loaders._schema_gbnf import to_gbnf
+
+        if self.model.lib.engine == "xllamacpp":
+            return to_gbnf(schema)
+        from llama_cpp.llama_grammar import json_schema_to_gbnf
+
+        self.model.lib.llama_log_set(self.model.log.callback, None)  # importing the package set its own
         try:
-            if self.model.lib.engine == "xllamacpp":
-                import xllamacpp
-
-                return str(xllamacpp.json_schema_to_grammar(schema))
-            from llama_cpp.llama_grammar import json_schema_to_gbnf
-
-            self.model.lib.llama_log_set(self.model.log.callback, None)  # importing the package set its own
             return str(json_schema_to_gbnf(json.dumps(schema)))
         except Exception as error:
             raise InvalidGrammar(
