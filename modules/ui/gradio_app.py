@@ -5,17 +5,17 @@ Importing this module imports Gradio, which takes seconds: the server does it in
 
 from __future__ import annotations
 
-import mimetypes
 import os
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Read by Gradio at import: no look-ups of strangers' hosts, no run history.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("GRADIO_RUN_HISTORY", "False")
 
 import gradio as gr
+from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 
 from modules.ui.access import Access
@@ -23,7 +23,7 @@ from modules.ui.models import ModelBar, load_options_form
 from modules.ui.parameters import ParameterPanel
 from modules.ui.settings_page import SettingsPage
 from modules.ui.theme import make_theme
-from modules.ui.views import ChatView, ModelsView, ShellView
+from modules.ui.views import chat_view, models_view, shell_view
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -41,20 +41,27 @@ HEAD = "\n".join(f'<link rel="stylesheet" href="./ui-static/css/{name}.css">' fo
 # Gradio 6.31 polls its queue every millisecond, 6-7 % of a core for ever; at these intervals it is under 2 %.
 QUEUE_POLL_S = 0.02
 PROGRESS_POLL_S = 0.1
+KINDS = {
+    ".js": "text/javascript; charset=utf-8",
+    ".mjs": "text/javascript; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".svg": "image/svg+xml",
+    ".woff2": "font/woff2",
+    ".md": "text/plain; charset=utf-8",
+}
 SESSIONS = 100  # each opened page costs about 113 KB, kept for an hour
 
 
 class UiStatic(StaticFiles):
     """The page's own files. Revalidated on every load, so that an update never mixes old and new modules."""
 
-    def file_response(self, full_path: str | os.PathLike[str], stat_result: os.stat_result, scope: Scope, status_code: int = 200) -> Response:
+    def file_response(
+        self, full_path: str | os.PathLike[str], stat_result: os.stat_result, scope: Scope, status_code: int = 200
+    ) -> Response:
         response = super().file_response(full_path, stat_result, scope, status_code)
         response.headers["Cache-Control"] = "no-cache"
         # Windows' registry may call a .js file text/plain, which a browser refuses to run.
-        suffix = Path(full_path).suffix
-        known = {".js": "text/javascript", ".mjs": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml", ".woff2": "font/woff2"}
-        kind = known.get(suffix) or mimetypes.guess_type(str(full_path))[0] or "application/octet-stream"
-        response.headers["Content-Type"] = f"{kind}; charset=utf-8" if kind.startswith("text/") else kind
+        response.headers["Content-Type"] = KINDS.get(Path(full_path).suffix, "application/octet-stream")
         return response
 
 
@@ -62,19 +69,19 @@ def build_blocks(services: Services) -> gr.Blocks:
     """The whole page. Everything it shows is filled by `load`, so a reload never shows stale values."""
     access = Access(services)
     with gr.Blocks(title="Switchyard", fill_width=True, analytics_enabled=False) as blocks:
-        shell = ShellView(elem_id="sy-shell")
+        shell = shell_view()
         bar = ModelBar(access)
         with gr.Tabs(elem_id="sy-tabs", selected="chat"):
             with gr.Tab("Chat", id="chat", elem_id="sy-page-chat"):
-                ChatView(elem_id="sy-chat-view")
+                chat_view()
             with gr.Tab("Models", id="models", elem_id="sy-page-models"):
-                ModelsView(elem_id="sy-models-view")
+                models_view()
                 options = load_options_form(access)
             with gr.Tab("Settings", id="settings", elem_id="sy-page-settings"):
                 settings = SettingsPage(access)
         panel = ParameterPanel(access)
-        bar.wire(shell, options)
-        panel.wire(shell)
+        bar.wire(options)
+        panel.wire()
         quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         blocks.load(bar.fill, None, bar.outputs, **quiet)
         blocks.load(panel.fill, None, panel.outputs, **quiet)
@@ -113,7 +120,7 @@ class Mounted:
     """The mounted page. The server's own start-up is over by then, so Gradio's has to be run by hand."""
 
     def __init__(self, app: FastAPI, blocks: gr.Blocks) -> None:
-        self._gradio = next(route.app for route in reversed(app.routes) if getattr(route, "path", None) == "")
+        self._gradio: Any = next(route.app for route in reversed(app.routes) if isinstance(route, Mount) and route.path == "")
         self._blocks = blocks
         self._stack = AsyncExitStack()
 

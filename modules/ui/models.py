@@ -14,7 +14,6 @@ import gradio as gr
 if TYPE_CHECKING:
     from modules.schema import LoaderSpec, OptionSpec
     from modules.ui.access import Access
-    from modules.ui.views import ShellView
 
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
@@ -41,20 +40,26 @@ class ModelBar:
     def __init__(self, access: Access) -> None:
         self._access = access
         with gr.Row(elem_id="sy-modelbar"):
-            self.model = gr.Dropdown([], value=None, label="Model", show_label=False, elem_id="sy-model", interactive=True, min_width=80)
-            self.backend = gr.Dropdown([], value=None, label="Backend", show_label=False, elem_id="sy-backend", interactive=True, min_width=80)
+            self.model = gr.Dropdown(
+                [], value=None, label="Model", show_label=False, elem_id="sy-model", interactive=True, min_width=80
+            )
+            self.backend = gr.Dropdown(
+                [], value=None, label="Backend", show_label=False, elem_id="sy-backend", interactive=True, min_width=80
+            )
             self._load = gr.Button("Load", variant="primary", size="sm", elem_id="sy-load", min_width=60)
             self._unload = gr.Button("Unload", size="sm", elem_id="sy-unload", min_width=60)
         self.outputs = [self.model, self.backend]
 
-    def wire(self, shell: ShellView, options: OptionsForm) -> None:
+    def wire(self, options: OptionsForm) -> None:
         js_only: dict[str, Any] = {"fn": None, **QUIET}
         self.model.input(self.backends, [self.model], [self.backend], **QUIET)
         table = json.dumps(options.table)
-        load = f"(model, backend, ...values) => {{ window.switchyard.load(model, backend, window.switchyard.options(backend, {table}, values)); }}"
+        load = f"(model, backend, ...values) => {{ window.switchyard.loadWith(model, backend, {table}, values); }}"
         self._load.click(inputs=[self.model, self.backend, *options.components], outputs=None, js=load, **js_only)
         self._unload.click(inputs=None, outputs=None, js="() => { window.switchyard.unload(); }", **js_only)
-        self.backend.change(inputs=[self.backend], outputs=None, js="(name) => { window.switchyard.showOptions(name); }", **js_only)
+        self.backend.change(
+            inputs=[self.backend], outputs=None, js="(name) => { window.switchyard.showOptions(name); }", **js_only
+        )
 
     def backends(self, model_id: str | None) -> Any:
         """The backends for a model: the best first, each that can't take it with the reason."""

@@ -15,10 +15,8 @@ from modules.sampling import PARAMETERS, Parameter
 
 if TYPE_CHECKING:
     from modules.ui.access import Access
-    from modules.ui.views import ShellView
 
 LABELS = {"top_p": "Top P", "top_k": "Top K", "min_p": "Min P", "tfs": "TFS", "top_a": "Top A", "typical_p": "Typical P"}
-JS_ONLY: dict[str, Any] = {"fn": None, "queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 
 def label(name: str) -> str:
@@ -57,6 +55,12 @@ def control(parameter: Parameter) -> Any:
     return gr.Slider(minimum=low, maximum=high, step=step, **common)
 
 
+def _in_browser(event: Any, component: Any, call: str) -> None:
+    """On `event`, run `window.switchyard.CALL` with the component's `value`; nothing goes through Gradio's server."""
+    js = f"(value) => {{ window.switchyard.{call}; }}"
+    event(fn=None, inputs=[component], outputs=None, js=js, queue=False, show_progress="hidden", api_visibility="private")
+
+
 class ParameterPanel:
     """The panel at the right of every page; `outputs` are the components that `fill` gives values to."""
 
@@ -71,11 +75,20 @@ class ParameterPanel:
                 self._delete = gr.Button("Delete", size="sm", elem_id="sy-preset-delete")
                 self._neutral = gr.Button("Neutral", size="sm", elem_id="sy-preset-neutral")
             self._max_tokens = gr.Number(
-                label="Max tokens", info="The longest answer, in tokens; 0 goes on to the end of the context.", precision=0, minimum=0,
-                value=0, interactive=True, elem_id="sy-p-max_tokens",
+                label="Max tokens",
+                info="The longest answer, in tokens; 0 goes on to the end of the context.",
+                precision=0,
+                minimum=0,
+                value=0,
+                interactive=True,
+                elem_id="sy-p-max_tokens",
             )
             self._stop = gr.Textbox(
-                label="Stop sequences", info="One per line; \\n stands for a line break.", lines=1, max_lines=5, interactive=True,
+                label="Stop sequences",
+                info="One per line; \\n stands for a line break.",
+                lines=1,
+                max_lines=5,
+                interactive=True,
                 elem_id="sy-p-stop",
             )
             groups: dict[str, list[Parameter]] = {}
@@ -87,25 +100,18 @@ class ParameterPanel:
                         self._controls[parameter.name] = control(parameter)
         self.outputs = [self._preset, self._max_tokens, self._stop, *self._controls.values()]
 
-    def wire(self, shell: ShellView) -> None:
+    def wire(self) -> None:
         """Connect the controls to the browser's write-through."""
         for name, component in self._controls.items():
             kind = PARAMETERS[name].kind
-            if kind == "names" or kind == "bool":
-                event = component.input
-            elif hasattr(component, "blur"):
-                event = component.blur if kind in ("strings", "bias") else component.input
-            else:
-                event = component.input
-            event(inputs=[component], outputs=None, js=f"(value) => {{ window.switchyard.saveParameter('{name}', '{kind}', value); }}", **JS_ONLY)
-        self._max_tokens.input(
-            inputs=[self._max_tokens], outputs=None, js="(value) => { window.switchyard.saveSetting('max_tokens', value > 0 ? value : null); }", **JS_ONLY
-        )
-        self._stop.blur(inputs=[self._stop], outputs=None, js="(value) => { window.switchyard.saveStop(value); }", **JS_ONLY)
-        self._preset.input(inputs=[self._preset], outputs=None, js="(name) => { window.switchyard.loadPreset(name); }", **JS_ONLY)
-        self._save.click(inputs=[self._preset], outputs=None, js="(name) => { window.switchyard.savePreset(name); }", **JS_ONLY)
-        self._delete.click(inputs=[self._preset], outputs=None, js="(name) => { window.switchyard.deletePreset(name); }", **JS_ONLY)
-        self._neutral.click(inputs=None, outputs=None, js="() => { window.switchyard.neutral(); }", **JS_ONLY)
+            event = component.blur if kind in ("strings", "bias") else component.input
+            _in_browser(event, component, f"saveParameter('{name}', '{kind}', value)")
+        _in_browser(self._max_tokens.input, self._max_tokens, "saveSetting('max_tokens', value > 0 ? value : null)")
+        _in_browser(self._stop.blur, self._stop, "saveStop(value)")
+        _in_browser(self._preset.input, self._preset, "loadPreset(value)")
+        _in_browser(self._save.click, self._preset, "savePreset(value)")
+        _in_browser(self._delete.click, self._preset, "deletePreset(value)")
+        _in_browser(self._neutral.click, self._preset, "neutral()")
 
     def fill(self) -> list[Any]:
         """The state of every component of `outputs`."""

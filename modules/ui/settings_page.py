@@ -50,7 +50,9 @@ class SettingsPage:
             interactive=True,
             elem_id="sy-send-with",
         )
-        receipts = gr.Checkbox(label="Show tokens and speed below each answer", value=True, interactive=True, elem_id="sy-receipts")
+        receipts = gr.Checkbox(
+            label="Show tokens and speed below each answer", value=True, interactive=True, elem_id="sy-receipts"
+        )
         autoload = gr.Checkbox(label="Load the last used model at the start", value=True, interactive=True, elem_id="sy-autoload")
         gr.Markdown(ABOUT)
         self._names = ["system_prompt", "theme", "send_with", "show_receipts", "autoload_last_model"]

@@ -1,6 +1,7 @@
 """Our own views inside Gradio: each is a constant template that an ES module of static/js takes over.
 
 The templates hold no values: Gradio evaluates them as JavaScript template literals, so anything interpolated there could run.
+They are plain gr.HTML components and no subclasses, for which Gradio would write a .pyi file into this folder at import.
 """
 
 from __future__ import annotations
@@ -10,40 +11,28 @@ from typing import Any
 import gradio as gr
 
 
-def _mount(module: str, *events: str) -> str:
-    # Gradio offers as events the names that stand in quotes in this text.
+def _view(css_class: str, module: str, elem_id: str, *events: str) -> Any:
+    """A component that `static/js/MODULE.js` mounts. Gradio offers as events the names in quotes in its script."""
     names = ", ".join(f"'{name}'" for name in events)
-    return (
+    script = (
         f"import(new URL('ui-static/js/{module}.js', document.baseURI).href)"
         f".then((module) => module.mount({{element, trigger, events: [{names}]}}))"
-        ".catch((error) => { console.error(error); element.textContent = 'This part of the page did not load. Reload the page.'; });"
+        ".catch((error) => { console.error(error); element.textContent = 'This part did not load. Reload the page.'; });"
     )
+    template = f"<div class='{css_class}' data-testid='{elem_id}'></div>"
+    return gr.HTML(value=None, html_template=template, js_on_load=script, apply_default_css=False, elem_id=elem_id)
 
 
-class _View(gr.HTML):  # type: ignore[misc]  # gradio is not typed here
-    def __init__(self, template: str, script: str, **kwargs: Any) -> None:
-        super().__init__(value=None, html_template=template, css_template="", js_on_load=script, apply_default_css=False, **kwargs)
-
-    def get_block_name(self) -> str:
-        return "html"
-
-
-class ShellView(_View):
+def shell_view() -> Any:
     """The top bar. Its events `models_changed` and `settings_changed` ask Python to fill the controls again."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__("<div class='sy-topbar'></div>", _mount("shell", "models_changed", "settings_changed"), **kwargs)
+    return _view("sy-topbar", "shell", "sy-shell", "models_changed", "settings_changed")
 
 
-class ChatView(_View):
+def chat_view() -> Any:
     """The chat. It speaks to /ui-api itself: no token goes through Gradio."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__("<div class='sy-chat' data-testid='chat'></div>", _mount("chatview"), **kwargs)
+    return _view("sy-chat", "chatview", "sy-chat-view")
 
 
-class ModelsView(_View):
+def models_view() -> Any:
     """What is loaded, what can be loaded, and which backends are there."""
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__("<div class='sy-models' data-testid='models-view'></div>", _mount("modelspage"), **kwargs)
+    return _view("sy-models", "modelspage", "sy-models-view")

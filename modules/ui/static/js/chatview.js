@@ -53,13 +53,24 @@ class Chat {
     connect();
     on('conversation', debounce((event) => this.#changedElsewhere(event), 40));
     on('resync', () => this.chat && this.open(this.chat.id, { quiet: true }));
+    on('settings', () => this.#readSettings());
     on('notice', ({ level, text }) => toast(text, { level: level || 'info' }));
     const wanted = new URLSearchParams(location.search).get('c') || local.get('sy-chat');
     this.#show(null);
-    await Promise.all([this.list.refresh(), startModels(), wanted ? this.open(wanted, { missing: true }) : null]);
+    await Promise.all([this.#readSettings(), this.list.refresh(), startModels(), wanted ? this.open(wanted, { missing: true }) : null]);
     watchModels(() => this.#drawEmpty());
     this.root.dataset.ready = '1';
     if (!isPhone()) this.composer.focus();
+  }
+
+  async #readSettings() {
+    try {
+      const settings = await get('settings');
+      this.composer.ctrlEnter = settings.send_with === 'ctrl_enter';
+      this.root.classList.toggle('sy-no-receipts', settings.show_receipts === false);
+    } catch (error) {
+      if (error.code !== 'offline') fail(error);
+    }
   }
 
   // --- what is on screen ---
@@ -335,7 +346,7 @@ class Chat {
       Slash: showShortcuts,
     };
     document.addEventListener('keydown', (event) => {
-      if (document.querySelector('dialog[open]') || this.root.offsetParent === null) return;
+      if (document.querySelector('dialog[open]') || document.body.dataset.syPage !== 'chat') return;
       if (event.key === 'Escape' && this.root.classList.contains('sy-drawer-open')) this.drawer(false);
       else if (event.key === 'Escape' && this.follower) this.stop();
       else if (event.altKey && !event.ctrlKey && !event.metaKey && run[event.code]) run[event.code]();

@@ -9,6 +9,7 @@ export class Composer {
     this.onsend = onsend;
     this.busy = false;
     this.sending = false;
+    this.ctrlEnter = false;
     this.key = 'new';
     this.area = h('textarea', {
       rows: 1, placeholder: 'Message…', 'aria-label': 'Message', dir: 'auto', 'data-testid': 'composer', autocomplete: 'off', enterkeyhint: 'send',
@@ -31,7 +32,7 @@ export class Composer {
       this.submit();
     });
     this.area.addEventListener('keydown', (event) => {
-      if (event.key === 'Enter' && !event.shiftKey && !event.isComposing && !(isPhone() && matchMedia('(pointer: coarse)').matches)) {
+      if (event.key === 'Enter' && !event.isComposing && this.#sends(event)) {
         event.preventDefault();
         this.submit();
       } else if (event.key === 'ArrowUp' && !this.area.value && !event.altKey) {
@@ -43,6 +44,12 @@ export class Composer {
       this.#fit();
       local.set(`sy-draft-${this.key}`, this.area.value);
     });
+  }
+
+  #sends(event) {
+    if (event.ctrlKey || event.metaKey) return true;
+    // On a phone's keyboard Enter is the only way to a new line.
+    return !event.shiftKey && !this.ctrlEnter && !(isPhone() && matchMedia('(pointer: coarse)').matches);
   }
 
   async submit() {

@@ -89,7 +89,7 @@ export class MessageView {
     const { node } = this;
     this.notes.replaceChildren();
     if (node.error) this.notes.append(this.#errorCard(node.error));
-    else if (node.status === 'interrupted') {
+    else if (node.status === 'interrupted' && node.receipt?.finish_reason !== 'cancelled') {
       this.notes.append(
         h('div', { class: 'sy-note', 'data-testid': 'interrupted' }, icon('info', 17), h('span', {}, 'This answer was interrupted.'),
           h('button', { type: 'button', class: 'sy-link', onclick: () => this.commands.continue(this.node) }, 'Continue it')),

@@ -253,7 +253,7 @@ export function mount({ element, trigger }) {
     unload: () => shell.unload(),
     install: (name) => shell.install(name),
     refreshControls: () => trigger('models_changed'),
-    options: optionsOf,
+    loadWith: (model, loader, table, values) => shell.load(model, loader, optionsOf(loader, table, values)),
     showOptions,
     theme: (choice) => shell.theme(choice),
     saveSetting,
