@@ -12,7 +12,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import signal
 import sys
 from collections import deque
 from dataclasses import asdict, dataclass
@@ -186,11 +185,14 @@ class InstallManager:
         process = self._process
         if process is None or process.returncode is not None:
             return
+        started: list[psutil.Process] = []
         with contextlib.suppress(psutil.NoSuchProcess):
             leader = psutil.Process(process.pid)
-            for child in [*leader.children(recursive=True), leader]:
+            started = leader.children(recursive=True)
+            for member in [*started, leader]:
                 with contextlib.suppress(psutil.NoSuchProcess):
-                    child.send_signal(signal.SIGTERM if sys.platform == "win32" else signal.SIGKILL)
+                    member.kill()
+        await asyncio.to_thread(psutil.wait_procs, started, timeout=5)
         await process.wait()
 
     def _finish(self, job: Job, state: State, stage: str) -> None:
