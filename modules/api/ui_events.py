@@ -10,16 +10,17 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from modules.api import sse
 from modules.errors import NotFound
 from modules.generation import Delta, End
 
 if TYPE_CHECKING:
+    from starlette.types import Receive, Scope, Send
+
     from modules.api.sse import EventStream, Writer
     from modules.chat.service import Writing
-    from modules.events import BusEvent
     from modules.services import Services
 
 RETRY = b"retry: 300\n\n"
@@ -37,22 +38,33 @@ def build_router(services: Services) -> APIRouter:
         chat.stop(run)
         return JSONResponse({})
 
-    @router.get("/runs/{run}/stream", response_model=None)
-    async def stream(run: str, request: Request) -> EventStream:
+    @router.get("/runs/{run}/stream")
+    async def stream(run: str, request: Request) -> Response:
         """The answer's text from character `start`, or from the Last-Event-ID of a viewer that comes back."""
         writing = chat.writing(run)
         given = request.headers.get("last-event-id") or request.query_params.get("start") or ""
         start = int(given) if given.isascii() and given.isdigit() and len(given) < 10 else 0
         return _cancelled_when_gone(lambda write: _follow(services, writing, start, write))
 
-    @router.get("/events", response_model=None)
-    async def events() -> EventStream:
+    @router.get("/events")
+    async def events() -> Response:
         return _cancelled_when_gone(lambda write: _everything(services, write))
 
     return router
 
 
-def _cancelled_when_gone(produce: sse.Producer) -> EventStream:
+class _Stream(Response):
+    """Lets FastAPI return an ASGI response that is no starlette Response."""
+
+    def __init__(self, stream: EventStream) -> None:
+        super().__init__()
+        self._stream = stream
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._stream(scope, receive, send)
+
+
+def _cancelled_when_gone(produce: sse.Producer) -> _Stream:
     """These producers wait for news, so a viewer that leaves must wake them."""
     task: list[asyncio.Task[Any] | None] = [None]
 
@@ -64,7 +76,7 @@ def _cancelled_when_gone(produce: sse.Producer) -> EventStream:
         if task[0] is not None:
             task[0].cancel()
 
-    return sse.EventStream(run, on_disconnect=leave)
+    return _Stream(sse.EventStream(run, on_disconnect=leave))
 
 
 async def _follow(services: Services, writing: Writing, start: int, write: Writer) -> None:
@@ -97,24 +109,12 @@ async def _everything(services: Services, write: Writer) -> None:
         for job in services.installs.jobs():
             if job["state"] in ("queued", "running"):
                 await write(sse.event(dumps(job), "install"))
-        following = aiter_or_quiet(subscription)
         while True:
-            event = await following()
-            if event is None:
+            try:
+                event = await asyncio.wait_for(anext(subscription), KEEP_ALIVE_S)
+            except asyncio.TimeoutError:
+                await write(sse.comment("here"))  # tells proxies, and a dead connection, that somebody is
+            except StopAsyncIteration:
                 return
-            await write(sse.comment("here") if event == "quiet" else sse.event(dumps(event.data), event.kind))
-
-
-def aiter_or_quiet(subscription: Any) -> Any:
-    """The next event; "quiet" when there was none for a while; None at the end."""
-
-    async def following() -> BusEvent | str | None:
-        try:
-            event: BusEvent = await asyncio.wait_for(anext(subscription), KEEP_ALIVE_S)
-        except asyncio.TimeoutError:
-            return "quiet"
-        except StopAsyncIteration:
-            return None
-        return event
-
-    return following
+            else:
+                await write(sse.event(dumps(event.data), event.kind))

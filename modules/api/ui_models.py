@@ -26,7 +26,7 @@ WHEN_BUSY = ("finish", "cancel", "beside")
 
 
 def build_router(services: Services) -> APIRouter:
-    """`/ui-api/models`, `/ui-api/loaders`, `/ui-api/installs`."""
+    """`/ui-api/models` and `/ui-api/loaders`."""
     router = APIRouter(prefix="/ui-api", include_in_schema=False)
     manager = services.manager
     savers: set[asyncio.Task[None]] = set()
@@ -76,18 +76,21 @@ def build_router(services: Services) -> APIRouter:
         options = {name: saved.options(model, name) for name in services.specs if saved.options(model, name)}
         return JSONResponse({"loader": saved.loader(model), "options": options})
 
-    @router.post("/loaders/{name}/install")
-    async def install(name: str) -> JSONResponse:
+    def overlay_of(name: str) -> str:
         spec = services.specs.get(name)
         if spec is None:
             raise NotFound("There is no such backend.", param="name")
         if spec.overlay is None:
             raise InvalidParameter(f"{spec.title} needs no installation.", param="name")
-        return JSONResponse({"install": services.installs.install(spec.overlay)})
+        return spec.overlay
 
-    @router.post("/installs/{overlay}/cancel")
-    async def cancel_install(overlay: str) -> JSONResponse:
-        await services.installs.cancel(overlay)
+    @router.post("/loaders/{name}/install")
+    async def install(name: str) -> JSONResponse:
+        return JSONResponse({"install": services.installs.install(overlay_of(name))})
+
+    @router.post("/loaders/{name}/install/cancel")
+    async def cancel_install(name: str) -> JSONResponse:
+        await services.installs.cancel(overlay_of(name))
         return JSONResponse({})
 
     return router
