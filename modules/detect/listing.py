@@ -78,7 +78,7 @@ def find_model(name: str, dirs: Iterable[Path], *, allow_paths: bool = False) ->
         if path.exists():
             listed = next((model for model in models if _same(Path(model.path), path)), None)
             return listed or examine(path.resolve(), deep=False)[0]
-    raise _not_found(wanted, [model.id for model in near or models], ambiguous=len(near) > 1)
+    raise _not_found(name, [model.id for model in near or models], ambiguous=len(near) > 1)
 
 
 def _names(model_id: str) -> set[str]:

@@ -101,14 +101,16 @@ def lfs_size(head: bytes) -> int | None:
     return None
 
 
-def numpy_header(head: bytes) -> str | None:
-    """The dictionary literal of an .npy file's header as text, unparsed; None when it is torn."""
+def numpy_header(head: bytes) -> tuple[str, int]:
+    """An .npy file's header as text (a dictionary literal), and where its data begins. Raises ValueError when it is torn."""
     if len(head) < 12:
-        return None
+        raise ValueError("no header")
     if head[6] == 1:
         (length,) = struct.unpack_from("<H", head, 8)
         start = 10
     else:
         (length,) = struct.unpack_from("<I", head, 8)
         start = 12
-    return head[start : start + length].decode("latin-1") if len(head) >= start + length else None
+    if len(head) < start + length:
+        raise ValueError("header cut")
+    return head[start : start + length].decode("latin-1"), start + length

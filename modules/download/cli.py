@@ -23,7 +23,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "download",
         help="download a model",
         description="Fetch a model from the hub into the model folder. Safetensors are preferred; pickles and code are "
-        "never fetched. An interrupted download goes on where it stopped. HF_ENDPOINT names a mirror, HF_TOKEN a token for gated models.",
+        "never fetched. An interrupted download goes on where it stopped. HF_ENDPOINT names a mirror, HF_TOKEN a token for "
+        "gated models.",
     )
     parser.add_argument("repository", metavar="OWNER/NAME", help="the model's repository")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit; default: main")

@@ -182,7 +182,7 @@ async def _copy(response: httpx.Response, out: BinaryIO, at: int, file: RepoFile
 
 
 async def _write(out: BinaryIO, block: bytes) -> None:
-    """Write in a thread, so that a slow disk does not stop the server's loop. A cancelled write ends before the file is closed."""
+    """Write in a thread, so that a slow disk does not stop the server. A cancelled write ends before the file is closed."""
     writing = asyncio.ensure_future(asyncio.to_thread(out.write, block))
     try:
         await asyncio.shield(writing)
