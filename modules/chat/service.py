@@ -177,7 +177,7 @@ class ChatService:
 
     async def create(self, title: str = "", system_prompt: str | None = None) -> dict[str, Any]:
         prompt = self._settings["system_prompt"] if system_prompt is None else system_prompt
-        return self._changed(await self._store.create(title, prompt))
+        return self._changed(await self._guarded(self._store.create(title, prompt)))
 
     async def update(self, conversation: str, changes: dict[str, Any], revision: int | None = None) -> dict[str, Any]:
         if changes.get("trashed"):
@@ -185,11 +185,11 @@ class ChatService:
         return self._changed(await self._guarded(self._store.update(conversation, changes, revision)))
 
     async def purge(self, conversation: str) -> None:
-        await self._store.purge(conversation)
+        await self._guarded(self._store.purge(conversation))
         self._events.publish("conversations", key="")
 
     async def add_conversation(self, new: NewConversation) -> dict[str, Any]:
-        return self._changed(await self._store.add_conversation(new))
+        return self._changed(await self._guarded(self._store.add_conversation(new)))
 
     # --- turns --------------------------------------------------------------------------------------------------
 
@@ -235,11 +235,11 @@ class ChatService:
         with contextlib.suppress(NotFound):  # a second click: the store answers as it did the first time
             below = set(await self._store.subtree(node))
             await self._stop_all([w for w in self._writing.values() if w.node in below])
-        snapshot, token = await self._store.delete(node)
+        snapshot, token = await self._guarded(self._store.delete(node))
         return self._changed(snapshot), token
 
     async def undo(self, token: str) -> dict[str, Any]:
-        return self._changed(await self._store.undo(token))
+        return self._changed(await self._guarded(self._store.undo(token)))
 
     def stop(self, run_id: str) -> None:
         self.writing(run_id)
@@ -349,14 +349,19 @@ class ChatService:
                 raise Conflict("An answer in this conversation does not stop.", hint="Try again in a moment.") from None
 
     async def _guarded(self, change: Coroutine[Any, Any, T]) -> T:
-        """A conflict carries the current conversation as the page knows it."""
+        """A conflict carries the current conversation as the page knows it; a refusing disk is told to every page."""
         try:
-            return await change
+            result = await change
         except Conflict as error:
             current = error.detail.get("snapshot")
             if isinstance(current, Snapshot):
                 error.detail = self.view(current)
             raise
+        except StorageError as error:
+            self._storage_failed(error)
+            raise
+        self._storage_works()
+        return result
 
     def _changed(self, snapshot: Snapshot) -> dict[str, Any]:
         self._publish(snapshot.id, snapshot.revision)
