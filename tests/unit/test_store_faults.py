@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -397,3 +398,75 @@ async def test_nothing_acknowledged_is_lost_to_a_kill(tmp_path: Path) -> None:
             await store.close()
     assert len(acknowledged) > rounds
     assert not list(tmp_path.glob("*.corrupt-*"))
+
+
+# -- real file systems, in a mount namespace of the test's own
+
+REAL_DISK = """
+import asyncio, subprocess, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from modules.chat.store_sqlite import SqliteChatStore
+from modules.errors import StorageError, StorageFull, StorageReadOnly
+
+disk = Path(sys.argv[2])
+
+async def main():
+    store = SqliteChatStore(disk / "data")
+    await store.open()
+    chat = (await store.create()).id
+    change = await store.add_message(chat, "kept", client_id="c0", generation="g0")
+    assert await store.backup()
+    (disk / "filler").write_bytes(bytes(2_000_000))
+    number = 0
+    try:
+        while True:
+            number += 1
+            await store.checkpoint(change.node, "g0", "text " * 2000 * number)
+    except StorageFull as error:
+        assert "Free some space" in str(error)
+    kept = await store.snapshot(chat)
+    assert kept.messages[1].text == "text " * 2000 * (number - 1), "the last save that was acknowledged"
+    for _ in range(3):
+        try:
+            await store.add_message(chat, "x" * 300_000, client_id="big", generation="g1", parent=kept.messages[0].id)
+        except StorageFull:
+            pass
+        else:
+            raise AssertionError("it can't have fitted")
+    try:
+        await store.backup()
+    except StorageError:
+        pass
+    assert not list((disk / "data" / "backups").glob("*.part"))
+    (disk / "filler").unlink()
+    assert await store.finish(change.node, "g0", text="whole", status="complete")
+    await store.close()
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    try:
+        await SqliteChatStore(disk / "data").open()
+    except StorageReadOnly as error:
+        assert "can't be written" in str(error), error
+    else:
+        raise AssertionError("a read-only disk was taken")
+    subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+    again = SqliteChatStore(disk / "data")
+    assert await again.open() == []
+    assert (await again.snapshot(chat)).messages[1].text == "whole"
+    await again.close()
+    print("ALL GOOD")
+
+asyncio.run(main())
+"""
+
+
+def test_a_real_disk_that_is_full_and_then_read_only(tmp_path: Path) -> None:
+    unshare = shutil.which("unshare")
+    if unshare is None:
+        pytest.skip("needs unshare(1)")
+    script = 'mount -t tmpfs -o size=3m tmpfs "$1" && echo MOUNTED && exec "$2" -c "$3" "$4" "$1"'
+    command = [unshare, "-rm", "sh", "-c", script, "sh", str(tmp_path), sys.executable, REAL_DISK, str(ROOT)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False, timeout=120)
+    if "MOUNTED" not in done.stdout:
+        pytest.skip(f"this system lets nobody mount a file system: {done.stderr.strip()[:100]}")
+    assert "ALL GOOD" in done.stdout, done.stderr
