@@ -21,10 +21,11 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.responses import HTMLResponse
 
-from modules.api import errors, health, openai_routes, splash
+from modules.api import errors, health, openai_routes, splash, ui_routes
 from modules.api.access import AccessControl
 from modules.api.http_protocol import DeadlineProtocol
 from modules.api.middleware import Guard, Hosts
+from modules.chat.service import ChatService
 from modules.errors import AppError
 from modules.logs import set_up
 from modules.wiring import build_services, end_streams, running
@@ -70,7 +71,8 @@ def build_app(config: Config, services: Services | None = None) -> FastAPI:
     errors.install(app)
     app.include_router(health.build_router(services))
     app.include_router(openai_routes.build_router(services))
-    _include_page_routes(app, services)
+    services.chat = services.chat or ChatService(services)
+    app.include_router(ui_routes.build_router(services))
     app.include_router(access.build_router())
     if not config.nowebui:
         services.ui_state = "starting"
@@ -83,18 +85,6 @@ def build_app(config: Config, services: Services | None = None) -> FastAPI:
 
 async def _splash() -> HTMLResponse:
     return HTMLResponse(splash.PAGE, headers={"Cache-Control": "no-store"})
-
-
-def _include_page_routes(app: FastAPI, services: Services) -> None:
-    import importlib.util
-
-    if importlib.util.find_spec("modules.api.ui_routes") is None:
-        return
-    from modules.api import ui_routes
-    from modules.chat.service import ChatService
-
-    services.chat = ChatService(services)
-    app.include_router(ui_routes.build_router(services))
 
 
 async def _bring_page(app: FastAPI, services: Services) -> None:

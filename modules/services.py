@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     import asyncio
 
+    from modules.chat.service import ChatService
     from modules.chat.store_sqlite import SqliteChatStore
     from modules.chat.templates import TemplateRenderer
     from modules.config import Config
@@ -40,7 +41,7 @@ class Services:
     presets: Presets
     store: SqliteChatStore
     installs: InstallManager
-    chat: Any = None
+    chat: ChatService = None  # type: ignore[assignment]  # set by modules.app, which it is built from
     ui_state: Literal["off", "starting", "ready", "failed"] = "off"
     loop: asyncio.AbstractEventLoop | None = None
 

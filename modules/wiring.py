@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Awaitable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modules.chat.store_sqlite import SqliteChatStore
@@ -98,8 +97,9 @@ async def running(services: Services) -> AsyncIterator[None]:
             await services.chat.start()
         services.manager.on_active = lambda resident: _remember(services, resident, background)
         services.manager.watch_idle()
-        for work in (services.templates.warm(), load_first_model(services)):
-            _keep(background, work)
+        _keep(background, services.templates.warm())
+        if not services.config.no_model:
+            _keep(background, load_first_model(services, services.manager.expect_first()))
         if services.config.background_install:
             services.installs.resume()
         yield
@@ -144,13 +144,15 @@ def _remember(services: Services, resident: Resident, background: set[asyncio.Ta
 # --- the first model -----------------------------------------------------------------------------------------------
 
 
-async def load_first_model(services: Services) -> None:
+async def load_first_model(services: Services, settle: Callable[[], None]) -> None:
     """--model, else the last active one, else the bundled one; again whenever an installation ends, until one is there."""
-    config = services.config
-    if config.no_model:
-        return
     with services.events.subscribe() as events:
-        while not await _load_first(services):
+        while True:
+            try:
+                if await _load_first(services):
+                    return
+            finally:
+                settle()
             async for event in events:
                 if event.kind == "install" and event.data.get("state") == "done":
                     break
@@ -164,7 +166,12 @@ async def _load_first(services: Services) -> bool:
     if manager.residents() and manager.state() != "failed":
         return True
     if config.model is not None:
-        return await _try_load(services, _model_id(services, config.model), config.loader)
+        try:
+            model = await asyncio.to_thread(services.library.admit, config.model)
+        except ModelNotFound as error:
+            log.warning("--model %s: %s", config.model, error)
+            return True
+        return await _try_load(services, model.id, config.loader)
     last = services.settings["last_model"] if services.settings["autoload_last_model"] else None
     if last is not None and await _try_load(services, last["model"], last["loader"]):
         return True
@@ -181,21 +188,9 @@ async def _load_first(services: Services) -> bool:
     return False
 
 
-def _model_id(services: Services, given: str) -> str:
-    """--model may be a path: inside a model folder it has an id, elsewhere it is that folder's business."""
-    path = Path(given)
-    for folder in services.library.dirs:
-        if path.is_absolute() and path.is_relative_to(folder.resolve()):
-            return path.relative_to(folder.resolve()).as_posix()
-    return given
-
-
 async def _try_load(services: Services, model: str, loader: str | None) -> bool:
     try:
         resident = await services.manager.load(model, loader)
-    except ModelNotFound as error:
-        log.warning("%s", error)
-        return services.config.model is not None
     except AppError as error:
         log.error("loading %s: %s", model, error)
         return False

@@ -22,7 +22,7 @@ MaxTokens = Annotated[int, Field(ge=1, le=2**31 - 1)]
 # OpenAI's own fields that mean nothing to a local engine: bookkeeping is taken in silence, the rest gets a warning.
 BOOKKEEPING = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"})
 NO_EFFECT = frozenset(
-    "store service_tier parallel_tool_calls reasoning_effort verbosity modalities prediction truncation include stream_mode".split()
+    "store service_tier parallel_tool_calls reasoning_effort verbosity modalities prediction truncation include".split()
 )
 # The operator's: paths, trust and templates are set where the server is, never by a request.
 OWNED_BY_OPERATOR = frozenset(
