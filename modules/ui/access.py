@@ -57,6 +57,11 @@ class Access:
         choices = rank(files, self._services.specs.values(), self._services.overlays)
         return [(choice.spec.name, choice.ok, choice.reason) for choice in choices]
 
+    def load_options(self, model_id: str | None, loader: str) -> dict[str, Any]:
+        """What a model was last loaded with on a backend, where that differs from the defaults."""
+        options: dict[str, Any] = self._services.model_settings.options(model_id, loader) if model_id else {}
+        return options
+
     def parameter_support(self) -> dict[str, tuple[bool, str]]:
         """Per sampling parameter: whether the active backend honours it, and the reason if not."""
         active = self.active()

@@ -48,11 +48,13 @@ class ModelBar:
             )
             self._load = gr.Button("Load", variant="primary", size="sm", elem_id="sy-load", min_width=60)
             self._unload = gr.Button("Unload", size="sm", elem_id="sy-unload", min_width=60)
-        self.outputs = [self.model, self.backend]
+        self.outputs: list[Any] = []
 
     def wire(self, options: OptionsForm) -> None:
+        self._options = options
+        self.outputs = [self.model, self.backend, *options.components]
         js_only: dict[str, Any] = {"fn": None, **QUIET}
-        self.model.input(self.backends, [self.model], [self.backend], **QUIET)
+        self.model.input(self._chosen, [self.model], [self.backend, *options.components], **QUIET)
         table = json.dumps(options.table)
         load = f"(model, backend, ...values) => {{ window.switchyard.loadWith(model, backend, {table}, values); }}"
         self._load.click(inputs=[self.model, self.backend, *options.components], outputs=None, js=load, **js_only)
@@ -60,6 +62,9 @@ class ModelBar:
         self.backend.change(
             inputs=[self.backend], outputs=None, js="(name) => { window.switchyard.showOptions(name); }", **js_only
         )
+
+    def _chosen(self, model_id: str | None) -> list[Any]:
+        return [self.backends(model_id), *self._options.fill(model_id)]
 
     def backends(self, model_id: str | None) -> Any:
         """The backends for a model: the best first, each that can't take it with the reason."""
@@ -72,20 +77,22 @@ class ModelBar:
         return title if ok else f"{title} ✕ {reason}"
 
     def fill(self) -> list[Any]:
-        """Both dropdowns, set to what is loaded."""
+        """Both dropdowns, set to what is loaded, and the options that model is loaded with."""
         models = self._access.models()
         resident = self._access.active()
         chosen = resident[0] if resident else next((model["id"] for model in models if not model.get("problem")), None)
         backend = self.backends(chosen)
         if resident:
             backend["value"] = resident[1]
-        return [gr.update(choices=[(model_words(model), model["id"]) for model in models], value=chosen), backend]
+        known = [(model_words(model), model["id"]) for model in models]
+        return [gr.update(choices=known, value=chosen), backend, *self._options.fill(chosen)]
 
 
 class OptionsForm:
     """`components` in the order of `table`: [loader, option, kind, default]."""
 
-    def __init__(self) -> None:
+    def __init__(self, access: Access) -> None:
+        self._access = access
         self.components: list[Any] = []
         self.table: list[list[Any]] = []
 
@@ -93,6 +100,18 @@ class OptionsForm:
         self.components.append(option_control(loader, option))
         default = list(option.default) if isinstance(option.default, tuple) else option.default
         self.table.append([loader.name, option.name, option.kind, default])
+
+    def fill(self, model_id: str | None) -> list[Any]:
+        """What each option was for this model, else its default."""
+        saved = {loader: self._access.load_options(model_id, loader) for loader in {row[0] for row in self.table}}
+        return [gr.update(value=_shown(kind, saved[loader].get(name, default))) for loader, name, kind, default in self.table]
+
+
+def _shown(kind: str, value: Any) -> Any:
+    """An option's value as its control holds it."""
+    if kind == "paths":
+        return "\n".join(value or ())
+    return "" if value is None and kind in ("str", "path") else value
 
 
 def option_control(loader: LoaderSpec, option: OptionSpec) -> Any:
@@ -116,7 +135,7 @@ def option_control(loader: LoaderSpec, option: OptionSpec) -> Any:
 
 def load_options_form(access: Access) -> OptionsForm:
     """One group per loader; the page shows that of the chosen backend."""
-    form = OptionsForm()
+    form = OptionsForm(access)
     for loader in access.loaders():
         with gr.Group(elem_classes=["sy-options", f"sy-options-{loader.name}"]):
             gr.Markdown(f"### Load options of {loader.title}\n{loader.summary}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -23,6 +24,7 @@ FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     "--disable-component-update --disable-sync"
 ).split()
+CHECKS = re.sub(r"\A//.*\n", "", (Path(__file__).parent / "checks.js").read_text(encoding="utf-8")).strip()
 CHROMIUM = next(
     (
         path
@@ -193,6 +195,18 @@ def answer(page: Page, status: str = "complete", timeout_ms: float = 20_000) -> 
     """The last message, once it is an answer in this status."""
     page.wait_for_selector(f".sy-message:last-child[data-role=assistant][data-status={status}]", timeout=timeout_ms)
     return page.get_by_test_id("message").last
+
+
+def growing(page: Page, length: int) -> str:
+    """The text of the answer that is being written, once it is longer than this."""
+    selector = ".sy-message:last-child[data-role=assistant][data-status=generating] .sy-body"
+    page.wait_for_function(f"(document.querySelector('{selector}')?.textContent.length ?? 0) > {length}")
+    return str(page.locator(selector).text_content())
+
+
+def check(page: Page, name: str, *arguments: Any) -> Any:
+    """Run one function of checks.js in the page."""
+    return page.evaluate(f"(args) => ({CHECKS}).{name}(...args)", list(arguments))
 
 
 def body(message: Any) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from playwright.sync_api import expect
 
-from tests.ui.conftest import answer, body, ready, send, wait
+from tests.ui.conftest import answer, body, growing, ready, send, wait
 
 if TYPE_CHECKING:
     from tests.ui.conftest import Server, Visit
@@ -58,8 +58,7 @@ def test_stop_keeps_the_text_and_escape_does_it_too(visit: Visit) -> None:
     page = visit.open()
     for press in ("button", "key"):
         send(page, "[[echo tokens=5000 rate=50]]")
-        message = page.get_by_test_id("message").last
-        wait(lambda message=message: len(body(message)) > 30)
+        growing(page, 30)
         if press == "button":
             page.get_by_test_id("stop").click()
         else:
@@ -122,11 +121,11 @@ def test_an_answer_can_be_edited_and_the_arrow_key_edits_the_last_message(visit:
 def test_continue_goes_on_from_the_text(visit: Visit) -> None:
     page = visit.open()
     send(page, "[[echo tokens=4000 rate=60]]")
-    wait(lambda: len(body(page.get_by_test_id("message").last)) > 20)
+    growing(page, 20)
     page.get_by_test_id("stop").click()
     kept = body(answer(page, "interrupted"))
     page.get_by_test_id("continue").last.click()
-    wait(lambda: len(body(page.get_by_test_id("message").last)) > len(kept) + 20)
+    growing(page, len(kept) + 20)
     page.keyboard.press("Escape")
     text = body(answer(page, "interrupted"))
     assert text.startswith(kept.rstrip())
@@ -149,7 +148,7 @@ def test_a_deleted_message_comes_back(visit: Visit) -> None:
 def test_reload_in_mid_stream_loses_nothing(visit: Visit, server: Server) -> None:
     page = visit.open()
     send(page, "[[echo tokens=160 rate=80]]")
-    wait(lambda: len(body(page.get_by_test_id("message").last)) > 30)
+    growing(page, 30)
     page.reload()
     ready(page)
     message = answer(page)
@@ -162,7 +161,7 @@ def test_reload_in_mid_stream_loses_nothing(visit: Visit, server: Server) -> Non
 def test_a_closed_tab_lets_the_answer_go_on(visit: Visit, server: Server) -> None:
     page = visit.open()
     send(page, "[[echo tokens=120 rate=80]]")
-    wait(lambda: len(body(page.get_by_test_id("message").last)) > 20)
+    growing(page, 20)
     chat = page.evaluate("new URLSearchParams(location.search).get('c')")
     page.close()
     node = wait(
@@ -181,7 +180,7 @@ def test_a_closed_tab_lets_the_answer_go_on(visit: Visit, server: Server) -> Non
 def test_switching_chats_in_mid_stream_keeps_each_answer_in_its_own_chat(visit: Visit) -> None:
     page = visit.open()
     send(page, "[[echo tokens=200 rate=80]] long one")
-    wait(lambda: len(body(page.get_by_test_id("message").last)) > 20)
+    growing(page, 20)
     page.get_by_test_id("new-chat").click()
     send(page, "a short one")
     assert body(answer(page)).strip() == "a short one"

@@ -7,12 +7,13 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from tests.ui.conftest import Visit, answer, body, ready, send, start_server, stop_server, wait
 
 if TYPE_CHECKING:
+    import pytest
+
     from tests.ui.conftest import Server
 
 

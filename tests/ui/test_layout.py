@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.ui.conftest import answer, ready, send
+from tests.ui.conftest import answer, check, ready, send
 
 if TYPE_CHECKING:
     from tests.ui.conftest import Server, Visit
@@ -36,14 +36,7 @@ def test_a_phone_has_room_for_everything(visit: Visit) -> None:
     send(page, LONG)
     answer(page)
     no_sideways_scroll(page)
-    small = page.evaluate(
-        """() => [...document.querySelectorAll('button, [role=button], a.sy-remote-image, textarea')]
-          .filter((node) => node.checkVisibility({ visibilityProperty: true, opacityProperty: true }) && !node.closest('#sy-params, #sy-modelbar'))
-          .map((node) => [node.getAttribute('aria-label') || node.textContent, node.getBoundingClientRect()])
-          .filter(([, box]) => box.width && box.height && box.height < 40 && box.top < innerHeight && box.bottom > 0)
-          .map(([name, box]) => `${name} ${Math.round(box.width)}x${Math.round(box.height)}`)"""
-    )
-    assert small == []
+    assert check(page, "small", 40) == []
     page.get_by_test_id("drawer").click()
     expect(page.get_by_test_id("new-chat")).to_be_in_viewport()
     page.get_by_test_id("new-chat").click()
@@ -78,17 +71,6 @@ def test_dark_follows_the_system_and_can_be_chosen(visit: Visit) -> None:
     assert background() == dark
 
 
-CONTRAST = """() => {
-  const parse = (text) => (text.match(/[\\d.]+/g) || []).map(Number);
-  const lum = ([r, g, b]) => [r, g, b].map((v) => v / 255).map((v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)).reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-  const ground = (node) => { for (let at = node; at; at = at.parentElement) { const c = parse(getComputedStyle(at).backgroundColor); if (c.length === 3 || c[3] > 0.99) return c; } return [255, 255, 255]; };
-  return [...document.querySelectorAll('.sy-chat *, .sy-topbar *')]
-    .filter((node) => [...node.childNodes].some((child) => child.nodeType === 3 && child.data.trim()) && node.checkVisibility({ opacityProperty: true, visibilityProperty: true }) && !node.closest(':disabled, .katex'))
-    .map((node) => { const [a, b] = [lum(parse(getComputedStyle(node).color)), lum(ground(node))].sort((x, y) => y - x); return [(a + 0.05) / (b + 0.05), node.textContent.slice(0, 40)]; })
-    .filter(([ratio]) => ratio < 4.5).map(([ratio, text]) => `${text}: ${ratio.toFixed(2)}`);
-}"""
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_has_enough_contrast(visit: Visit, server: Server, scheme: str) -> None:
     visit.page.emulate_media(color_scheme=scheme)  # type: ignore[arg-type]
@@ -101,7 +83,7 @@ def test_text_has_enough_contrast(visit: Visit, server: Server, scheme: str) -> 
         )
     )
     page.wait_for_timeout(500)
-    assert page.evaluate(CONTRAST) == []
+    assert check(page, "faint") == []
 
 
 def test_every_control_has_a_name_and_ids_are_unique(visit: Visit) -> None:
@@ -111,17 +93,8 @@ def test_every_control_has_a_name_and_ids_are_unique(visit: Visit) -> None:
     for name in ("chat", "models", "settings"):
         page.get_by_test_id(f"page-{name}").click()
         page.wait_for_timeout(200)
-        nameless = page.evaluate(
-            """() => [...document.querySelectorAll('button, a[href], input:not([type=hidden]):not([hidden]), textarea, select')]
-              .filter((node) => node.checkVisibility({ visibilityProperty: true }))
-              .filter((node) => !(node.getAttribute('aria-label') || node.textContent.trim() || node.title || node.labels?.length || node.getAttribute('aria-labelledby')))
-              .map((node) => node.outerHTML.slice(0, 160))"""
-        )
-        assert nameless == []
-        doubled = page.evaluate(
-            "() => { const ids = [...document.querySelectorAll('[id]')].map((node) => node.id); return ids.filter((id, at) => ids.indexOf(id) !== at); }"
-        )
-        assert doubled == []
+        assert check(page, "nameless") == []
+        assert check(page, "doubled") == []
     assert page.locator("[role=log]").count() == 1
     assert page.evaluate("document.documentElement.lang") == "en"
 

@@ -85,7 +85,7 @@ def test_the_backend_dropdown_says_why_a_backend_cannot_take_the_model(visit: Vi
 def test_the_models_page_lists_models_and_backends(visit: Visit, server: Server) -> None:
     page = visit.open()
     page.get_by_test_id("page-models").click()
-    expect(page.get_by_test_id("resident")).to_contain_text("echo")
+    expect(page.get_by_test_id("resident").first).to_contain_text("echo")
     expect(page.get_by_test_id("model-row").filter(has_text="echo").first).to_be_visible()
     assert page.get_by_test_id("loader-row").count() == len(server.api("GET", "/ui-api/models")["loaders"])
 

@@ -12,6 +12,8 @@ import { RunFollower } from './run.js';
 import { Thread } from './thread.js';
 import { fail, toast } from './toast.js';
 
+const running = (nodes) => nodes.findLast((node) => node.status === 'generating' && node.run);
+
 class Chat {
   constructor(root) {
     this.root = root;
@@ -108,7 +110,11 @@ class Chat {
       this.composer.open(snapshot?.id || 'new');
       this.list.setCurrent(snapshot?.id || null);
       this.#remember(snapshot?.id);
-    } else this.thread.update(nodes);
+    } else {
+      // The stored end of an answer may arrive before its stream's: the view is then given back and drawn from the snapshot.
+      if (this.follower && this.follower.runId !== running(nodes)?.run) this.#unfollow();
+      this.thread.update(nodes);
+    }
     this.#follow(nodes);
     this.#drawHead();
     this.#drawEmpty();
@@ -146,8 +152,7 @@ class Chat {
   // --- following a generation ---
 
   #follow(nodes) {
-    const node = nodes.findLast((item) => item.status === 'generating' && item.run);
-    if (this.follower && this.follower.runId !== node?.run) this.#unfollow();
+    const node = running(nodes);
     this.composer.setBusy(Boolean(node));
     if (!node || this.follower) return;
     const view = this.thread.view(node.id);
@@ -165,7 +170,7 @@ class Chat {
   }
 
   #unfollow() {
-    this.follower?.dispose();
+    this.follower?.release();
     this.follower = null;
   }
 

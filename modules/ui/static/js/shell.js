@@ -118,7 +118,7 @@ class Shell {
     const percent = fraction === null ? '' : ` ${Math.round(fraction * 100)} %`;
     const words = {
       loading: () => `${loading.progress?.stage || 'Loading'}${percent}`,
-      failed: () => 'Load failed',
+      failed: () => (failed.loaded_at ? 'Backend stopped' : 'Load failed'),
       ready: () => (resident.memory_bytes ? bytes(resident.memory_bytes) : 'Ready'),
       empty: () => 'No model loaded',
     }[state]();
@@ -166,14 +166,15 @@ class Shell {
     const failed = models.residents.filter((item) => item.state === 'failed');
     const fresh = this.failures && failed.find((item) => !this.failures.has(item.id));
     if (models.state !== 'unknown') this.failures = new Set(failed.map((item) => item.id));
-    if (fresh) this.#showFailure(fresh);
+    // A model that was loaded and then died has its card in the chat.
+    if (fresh && !fresh.loaded_at) this.#showFailure(fresh);
   }
 
   #showFailure(resident) {
     const error = resident.error || {};
     const tail = error.detail?.stderr || error.detail?.stderr_tail || '';
     openDialog({
-      title: `${modelName(resident)} did not load`,
+      title: resident.loaded_at ? `The backend of ${modelName(resident)} stopped` : `${modelName(resident)} did not load`,
       body: h('div', { 'data-testid': 'load-failure' }, h('p', { dir: 'auto' }, error.message || 'The backend gave no reason.'), error.hint ? h('p', { class: 'sy-hint' }, error.hint) : '',
         tail ? h('details', {}, h('summary', {}, 'Last lines of the backend'), h('pre', {}, Array.isArray(tail) ? tail.join('\n') : tail)) : ''),
       actions: [{ label: 'Close', value: null, primary: true }],
@@ -224,20 +225,24 @@ class Shell {
   }
 }
 
-/** The options of `loader` that differ from their defaults; `table` rows are [loader, option, kind, default], as modules/ui/models.py makes them. */
+/** The form's options of `loader`; `table` rows are [loader, option, kind, default], as modules/ui/models.py makes them. */
 function optionsOf(loader, table, values) {
   const options = {};
   table.forEach(([owner, name, kind, standard], at) => {
     let value = values[at];
-    if (owner !== loader || value === null || value === undefined) return;
-    if (kind === 'paths') value = String(value).split('\n').map((line) => line.trim()).filter(Boolean);
-    if (JSON.stringify(value) !== JSON.stringify(standard ?? (kind === 'paths' ? [] : ''))) options[name] = value;
+    if (owner !== loader || value === undefined) return;
+    if (kind === 'paths') value = String(value || '').split('\n').map((line) => line.trim()).filter(Boolean);
+    options[name] = value === '' && standard === null ? null : value;
   });
   return options;
 }
 
+// Gradio draws a page only when it is opened, so the choice is a style rule and no class on elements that may not be there yet.
+const chosenOptions = new CSSStyleSheet();
+document.adoptedStyleSheets.push(chosenOptions);
+
 function showOptions(loader) {
-  for (const group of document.querySelectorAll('.sy-options')) group.classList.toggle('sy-shown', group.classList.contains(`sy-options-${loader}`));
+  chosenOptions.replaceSync(loader ? `:is(body, #sy) .sy-options.sy-options-${CSS.escape(loader)} { display: block !important; }` : '');
 }
 
 /** Called by Gradio when the component is on the page. */
