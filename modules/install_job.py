@@ -58,7 +58,8 @@ def _send(message: dict[str, object]) -> None:
 
 
 def _end_with_stdin(installer: Installer) -> None:
-    while sys.stdin.buffer.read(1):
+    # Not through sys.stdin: a thread that waits in its buffer aborts the interpreter's orderly end.
+    while os.read(0, 1):
         pass
     installer.runner.cancel()
     if sys.platform == "win32":

@@ -209,6 +209,20 @@ async def test_what_is_not_known_is_refused(project: Path) -> None:
     await desk.close()
 
 
+async def test_a_real_job_reports_and_ends_in_order(project: Path) -> None:
+    """Also while its stdin is open, as it is under a server."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "modules.install_job", str(project / "set"), "absent"),
+        cwd=ROOT, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stderr is not None
+    end = json.loads(await process.stdout.readline())
+    assert (end["state"], "no environment 'absent'" in end["line"]) == ("failed", True)
+    assert await process.wait() == 1
+    assert await process.stderr.read() == b""
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="process groups")
 async def test_a_real_job_ends_with_its_server(project: Path) -> None:
     """The end of its stdin is the end of the server: the job and its pip must not outlive it."""
