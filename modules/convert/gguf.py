@@ -9,6 +9,7 @@ checked and its weights counted, so whatever ends a conversion leaves nothing th
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import re
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modules.convert.gguf_types import FROM_CONVERTER, estimated_bytes, gguf_type
-from modules.convert.library import converter_dir, has_converter
+from modules.convert.library import ConverterError, converter_dir, has_converter, install_converter
 from modules.convert.process import OnProgress, run_child
 from modules.detect import check
 from modules.detect.gguf_header import read_gguf_header
@@ -82,6 +83,7 @@ async def convert(job: ConvertJob, on_progress: OnProgress, overlays: Overlays |
     try:
         source = Path(model.path)
         if "convert" in steps:
+            await _ensure_converter(overlays, on_progress)
             target = middle if "quantize" in steps else part
             written = kind if "quantize" not in steps else _lossless_type(model)
             notes += await _from_hf(model, target, written, overlays, on_progress)
@@ -139,10 +141,6 @@ def _plan(model: ModelFiles, kind: str, job: ConvertJob, overlays: Overlays) -> 
     if not overlays.complete("transformers"):
         raise BackendUnavailable(
             "Converting needs the Transformers environment.", hint=f"Run: {start_script()} install transformers"
-        )
-    if not has_converter(overlays.env_dir("transformers")):
-        raise BackendUnavailable(
-            "llama.cpp's converter is not in the Transformers environment.", hint=f"Run: {start_script()} install transformers"
         )
     if kind in FROM_CONVERTER:
         return ("convert",)
@@ -222,6 +220,18 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+async def _ensure_converter(overlays: Overlays, on_progress: OnProgress) -> None:
+    """The installer fetches the converter in the background; a conversion that comes first fetches it itself."""
+    env_dir = overlays.env_dir("transformers")
+    if has_converter(env_dir):
+        return
+    on_progress(LoadProgress("Fetching llama.cpp's converter"))
+    try:
+        await asyncio.to_thread(install_converter, env_dir, overlays.python("transformers"))
+    except ConverterError as error:
+        raise BackendUnavailable(str(error)) from error
 
 
 async def _from_hf(model: ModelFiles, out: Path, kind: str, overlays: Overlays, on_progress: OnProgress) -> list[str]:

@@ -378,11 +378,18 @@ def test_the_disk_is_asked_first(tmp_path: Path, steps: list[list[str]], monkeyp
     assert steps == []
 
 
-def test_what_is_not_installed_is_named_with_its_fix(tmp_path: Path, steps: list[list[str]]) -> None:
+def test_what_is_not_installed_is_named_with_its_fix(
+    tmp_path: Path, steps: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = hf_folder(tmp_path / "m")
+
+    def offline(*arguments: Any, **options: Any) -> None:
+        raise ConverterError("The GGUF converter could not be fetched: no network.")
+
+    monkeypatch.setattr(convert_gguf, "install_converter", offline)
     with pytest.raises(BackendUnavailable, match="install llamacpp"):
         asyncio.run(convert(ConvertJob(folder, "Q4_0"), ignore, FakeOverlays(tmp_path / "a", llama_cpp=False)))
-    with pytest.raises(BackendUnavailable, match="install transformers"):
+    with pytest.raises(BackendUnavailable, match="converter could not be fetched"):
         asyncio.run(convert(ConvertJob(folder), ignore, FakeOverlays(tmp_path / "b", converter=False)))
     with pytest.raises(BackendUnavailable, match="install transformers"):
         asyncio.run(convert(ConvertJob(folder), ignore, Overlays(tmp_path / "none", Path.cwd())))
