@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import os
 import unicodedata
 from collections.abc import Iterable, Iterator
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 
 BUNDLED_FILE = "bundled.json"
 MAX_DEPTH = 5
+# A link to a whole disk under models/ must not hold the list up.
+MAX_FOLDERS = 20_000
+MAX_MODELS = 20_000
 _MAX_NAME = 300
 # A folder with one of these is one model; its other files belong to it.
 _FOLDER_MARKS = frozenset({"config.json", "adapter_config.json", "model.safetensors.index.json", "quantize_config.json"})
@@ -45,7 +49,7 @@ def list_models(dirs: Iterable[Path]) -> list[ModelFiles]:
     found: dict[str, ModelFiles] = {}
     for root in dirs:
         bundled = _bundled(root)
-        for path in _candidates(root, 0):
+        for path in itertools.islice(_candidates(root, 0, itertools.count()), MAX_MODELS):
             files = _examined(path)
             if files is None:
                 continue
@@ -113,8 +117,10 @@ def _bundled(root: Path) -> frozenset[str]:
     return frozenset(item for item in ids if isinstance(item, str)) if isinstance(ids, list) else frozenset()
 
 
-def _candidates(folder: Path, depth: int) -> Iterator[Path]:
-    """Paths that may be models: a folder that is one as a whole, or single files."""
+def _candidates(folder: Path, depth: int, visited: Iterator[int]) -> Iterator[Path]:
+    """Paths that may be models: a folder that is one as a whole, or single files. `visited` counts the folders of one walk."""
+    if next(visited) >= MAX_FOLDERS:
+        return
     try:
         files = folder_files(folder)
         folders = _subfolders(folder)
@@ -129,7 +135,7 @@ def _candidates(folder: Path, depth: int) -> Iterator[Path]:
             yield folder / name
     if depth < MAX_DEPTH:
         for name in folders:
-            yield from _candidates(folder / name, depth + 1)
+            yield from _candidates(folder / name, depth + 1, visited)
 
 
 def _weights_with_tokenizer(files: dict[str, int], weights: list[str]) -> bool:

@@ -23,7 +23,8 @@ class Faults:
 
     cut_after: list[int] = field(default_factory=list)  # close the connection after so many bytes of the body
     statuses: list[int] = field(default_factory=list)  # answer this instead of the file
-    stall_s: float = 0.0
+    stall_s: float = 0.0  # after the body or its cut
+    stall_only: str = ""  # only for this file
     html: bool = False
     ignore_range: bool = False
     wrong_range: bool = False
@@ -146,7 +147,7 @@ class FakeHub:
         handler.end_headers()
         handler.wfile.write(body if cut is None else body[:cut])
         handler.wfile.flush()
-        if faults.stall_s:
+        if faults.stall_s and faults.stall_only in name:
             time.sleep(faults.stall_s)
         if cut is not None:
             handler.close_connection = True

@@ -616,6 +616,28 @@ def test_a_path_only_where_it_is_allowed(tmp_path: Path) -> None:
     assert find_model(str(root / "top.gguf"), [root], allow_paths=True).id == "top.gguf"
 
 
+def test_links_are_followed_and_circles_end(tmp_path: Path) -> None:
+    root = model_dir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "big.gguf").write_bytes(gguf_bytes())
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    (root / "circle").symlink_to(root)
+    ids = [model.id for model in list_models([root])]
+    assert "linked/big.gguf" in ids
+    assert "circle/top.gguf" in ids
+    assert not any(model_id.count("circle") > 5 for model_id in ids)
+
+
+def test_weights_that_are_links_as_in_the_hubs_cache(tmp_path: Path) -> None:
+    folder = sharded(tmp_path / "models--o--n" / "snapshots" / "main")
+    blobs = tmp_path / "models--o--n" / "blobs"
+    blobs.mkdir()
+    for path in folder.glob("*.safetensors"):
+        path.rename(blobs / path.name)
+        path.symlink_to(blobs / path.name)
+    assert check(folder).problem is None
+
+
 @pytest.mark.slow
 def test_a_thousand_models_are_listed_in_a_second(tmp_path: Path) -> None:
     root = tmp_path / "models"

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from modules.detect import list_models
+from modules.download import add_parser, run
 from modules.download.fetch import DownloadProgress, DownloadRequest, download, plan_download
 from modules.download.hub import Hub, check_names
 from modules.download.plan import RepoFile, choose_files
@@ -270,6 +275,57 @@ def test_one_download_per_folder(hub: FakeHub, tmp_path: Path) -> None:
     outcomes = asyncio.run(two())
     assert sum(isinstance(outcome, Conflict) for outcome in outcomes) == 1
     assert sum(not isinstance(outcome, BaseException) for outcome in outcomes) == 1
+
+
+def test_the_command(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    config = SimpleNamespace(model_dir=tmp_path)
+    assert run(parser.parse_args(["download", "owner/name", "--list"]), config) == 0
+    assert not (tmp_path / "owner_name").exists()
+    assert run(parser.parse_args(["download", "owner/name", "--out", str(tmp_path / "öut")]), config) == 0
+    assert (tmp_path / "öut" / "model.safetensors").read_bytes() == WEIGHTS
+    assert run(parser.parse_args(["download", "owner/missing"]), config) == 1
+    said = capsys.readouterr()
+    assert "skipped pytorch_model.bin: a pickle" in said.out
+    assert "no model owner/missing" in said.err
+    assert "hf_secret" not in said.out + said.err
+    assert {headers.get("authorization") for _, headers in hub.requests} == {"Bearer hf_secret"}
+
+
+KILLED = """
+import asyncio, sys
+from pathlib import Path
+from modules.download import add_parser, run
+from modules.download.fetch import DownloadRequest, download
+from modules.download.hub import Hub
+asyncio.run(download(DownloadRequest("owner/name", Path(sys.argv[2])), lambda progress: None, hub=Hub(sys.argv[1])))
+"""
+
+
+def test_a_process_killed_in_the_middle_leaves_nothing_that_loads(hub: FakeHub, tmp_path: Path, root: Path) -> None:
+    large = safetensors_bytes({"a": ("F32", (1_000_000,))})
+    hub.files = {"model.safetensors": large, "config.json": FILES["config.json"]}
+    hub.faults.cut_after = [len(FILES["config.json"]), 3_000_000]
+    hub.faults.stall_s, hub.faults.stall_only = 30.0, "model.safetensors"
+    models = tmp_path / "models ü"
+    process = subprocess.Popen([sys.executable, "-c", KILLED, hub.url, str(models)], cwd=root)
+    try:
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline and not any(path.stat().st_size for path in models.rglob(".model*.part")):
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.wait()
+    assert not (models / "owner_name" / "model.safetensors").exists()
+    assert all(model.problem for model in list_models([models]))
+    hub.faults = type(hub.faults)()
+    before = len(hub.file_requests())
+    fetch(hub, tmp_path)
+    assert (models / "owner_name" / "model.safetensors").read_bytes() == large
+    assert any("range" in headers for _, headers in hub.file_requests()[before:])
 
 
 @pytest.mark.parametrize("name", ["", "a/b/c", "../x", "a/..", "a b", "a/b\n", "-x", "http://x/y", "x" * 200])
