@@ -79,6 +79,11 @@ class LlamaModel:
         self.bos_id = int(lib.llama_vocab_bos(self.vocab))
         self.info = self._describe(options, trained)
 
+    def close(self) -> None:
+        """Free context and model; nothing else may be called afterwards."""
+        self.lib.llama_free(self.ctx)
+        self.lib.llama_model_free(self._model)
+
     # --- opening --------------------------------------------------------------------------------------------
 
     def _open(self, options: dict[str, Any], progress: Progress) -> int:

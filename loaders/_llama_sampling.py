@@ -158,7 +158,9 @@ class NativeSampler:
     # --- grammar --------------------------------------------------------------------------------------------
 
     def _open_grammar(self, grammar: str) -> int:
-        handle = self._lib.llama_sampler_init_grammar(self._model.vocab, grammar.encode("utf-8"), b"root")
+        text = grammar.encode("utf-8", "replace")
+        # To llama.cpp an empty grammar is none at all.
+        handle = self._lib.llama_sampler_init_grammar(self._model.vocab, text, b"root") if text.strip() else None
         if not handle:
             raise InvalidGrammar(
                 f"The grammar can't be read: {self._model.log.last()}.",

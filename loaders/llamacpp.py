@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from modules import sampling as table
 from modules.engine import CancelToken, Engine, Progress
-from modules.errors import InvalidGrammar
+from modules.errors import InvalidGrammar, UnsupportedParameter
 from modules.schema import Event, GenerationRequest, LoaderSpec, LoadProgress, ModelInfo, OptionSpec
 
 if TYPE_CHECKING:
@@ -178,6 +178,7 @@ class LlamaCppEngine(Engine):
         from loaders._llama_load import LlamaModel
 
         progress(LoadProgress("Starting llama.cpp"))
+        self.close()
         self._model = LlamaModel(open_library(options["engine"]), path, options, progress)
         self._runner = LlamaRunner(self._model)
         return self._model.info
@@ -198,8 +199,12 @@ class LlamaCppEngine(Engine):
         if request.json_schema is not None:
             grammar = self._schema_grammar(request.json_schema)
         if request.regex is not None:
-            ignored["regex"] = "llama.cpp takes a grammar or a JSON schema, no regular expression."
-        return self.runner.generate(request, cancel, grammar, ignored)
+            raise UnsupportedParameter(
+                f"{SPEC.title} takes a grammar or a JSON schema, no regular expression.",
+                hint="Write it as a GBNF grammar.",
+                param="regex",
+            )
+        yield from self.runner.generate(request, cancel, grammar, ignored)
 
     def _schema_grammar(self, schema: dict[str, Any]) -> str:
         """GBNF for a JSON schema: llama-cpp-python's converter, or ours, as xllamacpp's makes no GBNF."""
@@ -228,3 +233,8 @@ class LlamaCppEngine(Engine):
 
     def score(self, token_ids: Sequence[int]) -> list[float]:
         return self.runner.score(token_ids)
+
+    def close(self) -> None:
+        if self._model is not None:
+            self._model.close()
+        self._model = self._runner = None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from modules import sampling as table
 from modules.engine import CancelToken, Engine, Progress
+from modules.errors import UnsupportedParameter
 from modules.schema import Event, GenerationRequest, LoaderSpec, ModelInfo, OptionSpec
 
 if TYPE_CHECKING:
@@ -160,10 +161,18 @@ class TransformersEngine(Engine):
         return self._runner
 
     def generate(self, request: GenerationRequest, cancel: CancelToken) -> Iterator[Event | None]:
+        for name in ("grammar", "json_schema", "regex"):
+            if getattr(request, name) is not None:
+                raise UnsupportedParameter(
+                    f"{SPEC.title} can't hold an answer to a {name}.",
+                    hint="Use the model's GGUF form with llama.cpp.",
+                    param=name,
+                )
         native = to_native(request.sampling)
         if "generate" in native:
-            return self.runner.beam_search(request, cancel, native["generate"], native["ignored"])
-        return self.runner.generate(request, cancel, native["sampler"], native["ignored"])
+            yield from self.runner.beam_search(request, cancel, native["generate"], native["ignored"])
+        else:
+            yield from self.runner.generate(request, cancel, native["sampler"], native["ignored"])
 
     def encode(self, text: str, add_special: bool) -> list[int]:
         return self.runner.text.encode(text, add_special)

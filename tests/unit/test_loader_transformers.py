@@ -64,13 +64,13 @@ def test_options_take_the_names_people_know() -> None:
     ("gpu", "cpu", "gpus", "expected"),
     [
         ("", 0, 1, {}),
-        ("10, 8.5", 0, 2, {0: "10240MiB", 1: "8704MiB"}),
-        ("10,8", 4, 1, {0: "10240MiB", "cpu": "4096MiB"}),
-        ("", 2, 1, {0: "1024GiB", "cpu": "2048MiB"}),
-        ("10", 2, 0, {"cpu": "2048MiB"}),
+        ("10, 8.5", 0, 2, {0: 10 << 30, 1: 17 << 29}),
+        ("10,8", 4, 1, {0: 10 << 30, "cpu": 4 << 30}),
+        ("", 2, 1, {0: 1 << 40, "cpu": 2 << 30}),
+        ("10", 2, 0, {"cpu": 2 << 30}),
     ],
 )
-def test_memory_limits(gpu: str, cpu: float, gpus: int, expected: dict[Any, str]) -> None:
+def test_memory_limits(gpu: str, cpu: float, gpus: int, expected: dict[Any, int]) -> None:
     assert _hf_load.max_memory(gpu, cpu, gpus) == expected
 
 
@@ -166,7 +166,7 @@ def test_missing_tensors_are_an_error() -> None:
     ],
 )
 def test_errors_are_typed(error: Exception, expected: type[LoadError]) -> None:
-    typed = _hf_load.typed(error, {"model_type": "xyz"})
+    typed = _hf_load.typed(error, {"model_type": "xyz"}, "The file is odd")
     assert type(typed) is expected
     assert typed.hint
 
