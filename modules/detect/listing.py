@@ -8,6 +8,7 @@ import itertools
 import os
 import unicodedata
 from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,7 +55,7 @@ def list_models(dirs: Iterable[Path]) -> list[ModelFiles]:
             if files is None:
                 continue
             name = unicodedata.normalize("NFC", path.relative_to(root).as_posix())
-            model = dataclasses.replace(files, id=name, bundled=name in bundled)
+            model = dataclasses.replace(files, id=name, bundled=any(fnmatchcase(name, pattern) for pattern in bundled))
             if name in found:
                 model = dataclasses.replace(model, id=f"{root.name}/{name}")
             found.setdefault(model.id, model)
@@ -108,13 +109,13 @@ def _same(one: Path, other: Path) -> bool:
         return False
 
 
-def _bundled(root: Path) -> frozenset[str]:
-    """The ids that ship with the product: bundled.json in the model folder, a list of ids."""
+def _bundled(root: Path) -> tuple[str, ...]:
+    """Patterns of the ids that ship with the product: bundled.json in the model folder."""
     try:
         ids = read_json(root / BUNDLED_FILE).get("models")
     except (OSError, CorruptModel):  # a folder of the user's own has none
-        return frozenset()
-    return frozenset(item for item in ids if isinstance(item, str)) if isinstance(ids, list) else frozenset()
+        return ()
+    return tuple(item for item in ids if isinstance(item, str)) if isinstance(ids, list) else ()
 
 
 def _candidates(folder: Path, depth: int, visited: Iterator[int]) -> Iterator[Path]:

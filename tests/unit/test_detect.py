@@ -551,7 +551,7 @@ def model_dir(tmp_path: Path) -> Path:
     (root / "data.bin").write_bytes(bytes(100))
     (root / "split-00001-of-00002.gguf").write_bytes(gguf_bytes())
     (root / "split-00002-of-00002.gguf").write_bytes(gguf_bytes())
-    write_json(root / "bundled.json", {"models": ["llama/hf"]})
+    write_json(root / "bundled.json", {"models": ["llama/h?"]})
     lora_folder(root / "style")
     return root
 
