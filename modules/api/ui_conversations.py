@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 from typing import TYPE_CHECKING, Any
@@ -40,7 +41,9 @@ def build_router(chat: ChatService) -> APIRouter:
 
     @router.post("/conversations/import")
     async def import_(request: Request) -> JSONResponse:
-        new, report = transfer.from_json(await read_object(request))
+        # A file may be large: the rest of the server goes on meanwhile.
+        data = await read_object(request)
+        new, report = await asyncio.to_thread(transfer.from_json, data)
         return JSONResponse({**await chat.add_conversation(new), "report": report})
 
     @router.get("/conversations/{conversation}")
@@ -71,9 +74,9 @@ def build_router(chat: ChatService) -> APIRouter:
 
     @router.get("/conversations/{conversation}/export")
     async def export(conversation: str) -> Response:
-        data = transfer.to_json(await chat.export(conversation))
-        content = json.dumps(data, ensure_ascii=False, indent=1).encode("utf-8", "replace")
-        headers = {"Content-Disposition": _attachment(data["title"]), "Cache-Control": "no-store"}
+        found = await chat.export(conversation)
+        content = await asyncio.to_thread(lambda: json.dumps(transfer.to_json(found), ensure_ascii=False, indent=1).encode())
+        headers = {"Content-Disposition": _attachment(found.title), "Cache-Control": "no-store"}
         return Response(content, media_type="application/json", headers=headers)
 
     @router.post("/conversations/{conversation}/messages")

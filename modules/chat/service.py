@@ -40,6 +40,8 @@ CHECKPOINT_S = 1.5  # the promise is two seconds
 BACKUP_EVERY_S = 24 * 3600.0
 STOP_WAIT_S = 15.0
 NOTICE_KEEP_S = 600.0
+_SNAPSHOT_FIELDS = tuple(f.name for f in dataclasses.fields(Snapshot) if f.name != "messages")
+_NODE_FIELDS = tuple(f.name for f in dataclasses.fields(Node))
 
 
 @dataclass(eq=False)
@@ -134,18 +136,21 @@ class ChatService:
 
     def view(self, snapshot: Snapshot) -> dict[str, Any]:
         """JSON for the page, with what is in memory laid over what is on disk."""
-        data = {f.name: getattr(snapshot, f.name) for f in dataclasses.fields(snapshot)}
+        data = {name: getattr(snapshot, name) for name in _SNAPSHOT_FIELDS}
         return {**data, "messages": [self.node_view(node) for node in snapshot.messages]}
 
     def node_view(self, node: Node) -> dict[str, Any]:
         """`offset` is the length of `text` in code points: where a stream of its run goes on."""
-        data: dict[str, Any] = {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
+        data: dict[str, Any] = {name: getattr(node, name) for name in _NODE_FIELDS}
         data |= {"siblings": list(node.siblings), "run": None}
         writing = self._writing.get(node.id)
         if writing is not None:
             data["text"] = writing.text
             if writing.final is None:
-                data |= {"run": writing.run.id, "status": "generating"}
+                resident = writing.run.resident
+                data |= {"run": writing.run.id, "status": "generating", "error": None}
+                if resident is not None:
+                    data |= {"model": resident.model.id, "loader": resident.loader}
             else:
                 data |= {**writing.final, "unsaved": True}
         data["offset"] = len(data["text"])

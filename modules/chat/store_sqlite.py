@@ -14,7 +14,17 @@ from modules.chat import store_tree
 from modules.chat.schema_sql import MIGRATIONS, Migration, migrate, version_of
 from modules.chat.store import Change, ChatStore, NewConversation, Node, Notice, Snapshot, Status, Summary
 from modules.chat.store_actions import Actions
-from modules.chat.store_files import EMPTY, Backups, DataDirLock, connect, problem_of, quarantine, read_only, storage_error
+from modules.chat.store_files import (
+    EMPTY,
+    Backups,
+    DataDirLock,
+    connect,
+    mark_closed,
+    problem_of,
+    quarantine,
+    read_only,
+    storage_error,
+)
 from modules.chat.store_search import Search
 from modules.errors import StorageError, StorageReadOnly, StoreCorrupt
 
@@ -120,6 +130,7 @@ class SqliteChatStore(ChatStore):
         with _transaction(connection):
             interrupted = Actions(connection, self._search).interrupt_all()
             self._search.prepare(connection)
+            mark_closed(connection, False)
         if interrupted:
             many = "answers were" if interrupted > 1 else "answer was"
             return [Notice("info", f"{interrupted} {many} cut off by the end of the server; what had come is kept.")]
@@ -127,6 +138,8 @@ class SqliteChatStore(ChatStore):
 
     def _close(self) -> None:
         if self._connection is not None:
+            with contextlib.suppress(sqlite3.Error):  # a full disk, or a start that failed: then the next start checks it all
+                mark_closed(self._connection, True)
             self._connection.close()
             self._connection = None
         self._lock.release()

@@ -20,7 +20,7 @@ from modules.errors import InvalidParameter, InvalidUnicode
 
 FORMAT = "switchyard-conversation"
 VERSION = 1
-MAX_NODES = 100_000
+MAX_NODES = 20_000
 MAX_TITLE = 200
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _BEGIN_VISIBLE = "<|BEGIN-VISIBLE-CHAT|>"

@@ -204,6 +204,32 @@ async def test_an_unreadable_file_is_kept_and_the_backup_taken(tmp_path: Path, k
     await store.close()
 
 
+async def test_a_large_file_is_checked_after_a_bad_end_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_files, "FULL_CHECK_BYTES", 0)
+    checks: list[str] = []
+    real = store_files.connect
+
+    def watched(path: Path, **options: Any) -> sqlite3.Connection:
+        connection = real(path, **options)
+        connection.set_trace_callback(lambda sql: checks.append(sql) if "quick_check" in sql else None)
+        return connection
+
+    monkeypatch.setattr(store_files, "connect", watched)
+    store, chat = await filled(tmp_path)
+    await store.close()
+    checks.clear()
+    store, _ = await reopened(tmp_path)
+    assert checks == [], "the last end was an orderly one"
+    assert store._connection is not None
+    store._connection.close()  # as a killed process leaves it
+    store._connection = None
+    await store.close()
+    store, _ = await reopened(tmp_path)
+    assert len(checks) == 1
+    assert (await store.snapshot(chat)).messages
+    await store.close()
+
+
 async def test_without_a_backup_a_new_store_is_begun_and_the_old_file_kept(tmp_path: Path) -> None:
     for number in range(2):  # also when an earlier corpse lies there
         (tmp_path / "chats.sqlite").write_bytes(b"rubbish %d" % number)
