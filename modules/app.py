@@ -21,7 +21,7 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.responses import HTMLResponse
 
-from modules.api import errors, health, openai_routes, splash, ui_routes
+from modules.api import docs_page, errors, health, openai_routes, splash, ui_routes
 from modules.api.access import AccessControl
 from modules.api.http_protocol import DeadlineProtocol
 from modules.api.middleware import Guard, Hosts
@@ -62,7 +62,7 @@ def build_app(config: Config, services: Services | None = None) -> FastAPI:
         title="Switchyard",
         description="One API for every local LLM backend.",
         lifespan=lifespan,
-        docs_url="/docs",
+        docs_url=None,
         redoc_url=None,
         separate_input_output_schemas=False,
     )
@@ -74,6 +74,7 @@ def build_app(config: Config, services: Services | None = None) -> FastAPI:
     services.chat = services.chat or ChatService(services)
     app.include_router(ui_routes.build_router(services))
     app.include_router(access.build_router())
+    app.add_api_route("/docs", _docs, include_in_schema=False, methods=["GET", "HEAD"])
     if not config.nowebui:
         services.ui_state = "starting"
         app.add_api_route("/", _splash, include_in_schema=False, methods=["GET", "HEAD"])
@@ -81,6 +82,10 @@ def build_app(config: Config, services: Services | None = None) -> FastAPI:
     hosts = Hosts([*config.allowed_hosts, *own], loopback_only=config.is_loopback)
     app.add_middleware(Guard, access=access, hosts=hosts, origins=config.allowed_origins, max_body_bytes=config.max_body_mb << 20)
     return app
+
+
+async def _docs() -> HTMLResponse:
+    return HTMLResponse(docs_page.PAGE)
 
 
 async def _splash() -> HTMLResponse:

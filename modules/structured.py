@@ -131,19 +131,14 @@ def _check_repeats(bare: str, param: str) -> None:
             raise InvalidGrammar(f"A repeat count is above {MAX_REPEAT}.", param=param)
 
 
+_SYMBOL = re.compile(r"''|[A-Za-z0-9_-]+|\{[^}]*\}|\S")
+
+
 def _check_recursion(rules: dict[str, str], param: str) -> None:
     """Left recursion: a rule whose first symbol leads back to it without reading a character."""
-    names = re.compile(r"[A-Za-z0-9_-]+|''|[^\s]")
-    first: dict[str, set[str]] = {}
-    for rule, body in rules.items():
-        found = set()
-        for branch in re.split(r"\||\(", body):
-            symbol = names.search(branch)
-            if symbol is not None and symbol[0] in rules:
-                found.add(symbol[0])
-            elif symbol is not None and symbol[0] not in ("''",) and re.fullmatch(r"[A-Za-z0-9_-]+", symbol[0]):
-                raise InvalidGrammar("The grammar uses a rule that it does not define.", param=param)
-        first[rule] = found
+    first = {rule: _first_symbols(body) for rule, body in rules.items()}
+    if any(name not in rules for names in first.values() for name in names):
+        raise InvalidGrammar("The grammar uses a rule that it does not define.", param=param)
     for start in rules:
         reached: set[str] = set()
         stack = list(first[start])
@@ -154,3 +149,28 @@ def _check_recursion(rules: dict[str, str], param: str) -> None:
             if rule not in reached:
                 reached.add(rule)
                 stack.extend(first[rule])
+
+
+def _first_symbols(body: str) -> set[str]:
+    """The rules that a rule's text may begin with; what can be left out (`?`, `*`, `{0,…}`) lets the next one begin."""
+    symbols = _SYMBOL.findall(body)
+    found: set[str] = set()
+    groups = [True]  # whether each open group stands at the beginning
+    at_start = True
+    for index, symbol in enumerate(symbols):
+        following = symbols[index + 1] if index + 1 < len(symbols) else ""
+        optional = following in ("?", "*") or following.replace(" ", "").startswith("{0")
+        if symbol == "(":
+            groups.append(at_start)
+        elif symbol == "|":
+            at_start = groups[-1]
+        elif symbol == ")":
+            began = groups.pop()
+            at_start = began and optional
+        elif symbol in ("?", "*", "+") or symbol.startswith("{"):
+            continue
+        elif at_start:
+            if symbol[0].isalnum() or symbol[0] in "_-":
+                found.add(symbol)
+            at_start = optional
+    return found

@@ -88,7 +88,7 @@ class _Format:
     def choice(self, text: str) -> dict[str, Any]:
         raise NotImplementedError
 
-    def logprobs(self, items: list[TokenLogprob], offset: int) -> dict[str, Any]:
+    def logprobs(self, items: list[TokenLogprob], text: str, offset: int, *, prompt_first: bool) -> dict[str, Any]:
         raise NotImplementedError
 
 
@@ -104,7 +104,7 @@ class _Chat(_Format):
     def choice(self, text: str) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": text, "refusal": None}}
 
-    def logprobs(self, items: list[TokenLogprob], offset: int) -> dict[str, Any]:
+    def logprobs(self, items: list[TokenLogprob], text: str, offset: int, *, prompt_first: bool) -> dict[str, Any]:
         def entry(text: str, logprob: float) -> dict[str, Any]:
             return {"token": text, "logprob": logprob, "bytes": list(text.encode("utf-8", "replace"))}
 
@@ -124,15 +124,23 @@ class _Completion(_Format):
     def choice(self, text: str) -> dict[str, Any]:
         return {"text": text}
 
-    def logprobs(self, items: list[TokenLogprob], offset: int) -> dict[str, Any]:
+    def logprobs(self, items: list[TokenLogprob], text: str, offset: int, *, prompt_first: bool) -> dict[str, Any]:
+        """With `prompt_first`, the first item is the prompt's first token, which has nothing before it to be likely after."""
         offsets = []
+        at = 0
         for item in items:
-            offsets.append(offset)
-            offset += len(item.text)
+            offsets.append(offset + at)
+            if text.startswith(item.text, at):  # a special token such as BOS is no part of the text
+                at += len(item.text)
+        values: list[float | None] = [item.logprob for item in items]
+        # The chosen token is always among them, in addition to the likeliest ones.
+        tops: list[dict[str, float] | None] = [{**{t: v for _, t, v in item.top}, item.text: item.logprob} for item in items]
+        if prompt_first and items:
+            values[0] = tops[0] = None
         return {
             "tokens": [item.text for item in items],
-            "token_logprobs": [item.logprob for item in items],
-            "top_logprobs": [{text: value for _, text, value in item.top} for item in items],
+            "token_logprobs": values,
+            "top_logprobs": tops,
             "text_offset": offsets,
         }
 
@@ -245,7 +253,8 @@ async def _whole(form: _Format, job: _Job, gone: asyncio.Future[None]) -> Respon
                     items.extend(item.logprobs)
         _raise_failure(run)
         choice = {"index": index, **form.choice(plan.echo_text + run.text)}
-        choice["logprobs"] = form.logprobs(items, 0) if plan.logprobs is not None else None
+        given = plan.logprobs is not None
+        choice["logprobs"] = form.logprobs(items, run.text, 0, prompt_first=plan.echo) if given else None
         choice["finish_reason"] = run.finish_reason
         choices.append(choice)
     return JSONResponse(
@@ -308,7 +317,8 @@ async def _stream_choice(
     async for item in run.follow(coalesce_s=0):
         if type(item) is Delta:
             if item.logprobs:
-                logprobs = dumps(form.logprobs(list(item.logprobs), offset))
+                items, first = list(item.logprobs), plan.echo and offset == 0
+                logprobs = dumps(form.logprobs(items, item.text, offset, prompt_first=first))
                 offset += len(item.text)
                 close = f',"logprobs":{logprobs},"finish_reason":null}}]{nothing}}}\n\n'
                 await write(f"{begin}{form.delta(dumps(item.text))}{close}".encode())
