@@ -108,6 +108,8 @@ class TemplateRenderer:
             "add_generation_prompt": add_generation_prompt,
             "bos_token": bos_token or "",
             "eos_token": eos_token or "",
+            "tools": None,  # there, as in transformers: templates ask `tools is not none`
+            "documents": None,
             **kwargs,
         }
         body = json.dumps({"template": template, "variables": variables, "continue_text": continue_text}).encode("ascii")
