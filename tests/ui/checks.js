@@ -45,7 +45,7 @@
 
   /** Ids that stand twice in the page. */
   doubled() {
-    const ids = [...document.querySelectorAll('[id]')].map((node) => node.id);
+    const ids = [...document.querySelectorAll('[id]')].map((node) => node.id).filter(Boolean);
     return ids.filter((id, at) => ids.indexOf(id) !== at);
   },
 

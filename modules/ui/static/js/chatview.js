@@ -223,7 +223,6 @@ class Chat {
         local.set('sy-draft-new', null);
         this.chat = created;
         this.composer.key = created.id;
-        this.composer.area.dispatchEvent(new Event('input'));
         this.#remember(created.id);
       }
       const body = { text, client_id: client, revision: this.chat.revision };

@@ -1,6 +1,6 @@
 // The box one types into: grows with its text, keeps a draft per chat, turns into Stop while an answer is written.
 
-import { h, isPhone, local } from './dom.js';
+import { debounce, h, isPhone, local } from './dom.js';
 import { icon } from './icons.js';
 
 export class Composer {
@@ -40,10 +40,16 @@ export class Composer {
         oneditlast();
       }
     });
+    const keep = debounce(() => this.#keepDraft(), 150);
     this.area.addEventListener('input', () => {
-      this.#fit();
-      local.set(`sy-draft-${this.key}`, this.area.value);
+      this.frame ??= requestAnimationFrame(() => this.#fit());
+      keep();
     });
+    window.addEventListener('pagehide', () => this.#keepDraft());
+  }
+
+  #keepDraft() {
+    local.set(`sy-draft-${this.key}`, this.area.value);
   }
 
   #sends(event) {
@@ -77,6 +83,7 @@ export class Composer {
   /** Switch to another chat's draft. */
   open(key) {
     if (key === this.key && this.area.value) return;
+    if (this.area.value) this.#keepDraft();
     this.key = key;
     this.area.value = local.get(`sy-draft-${key}`, '');
     this.#fit();
@@ -107,6 +114,7 @@ export class Composer {
   }
 
   #fit() {
+    this.frame = null;
     this.area.style.height = 'auto';
     this.area.style.height = `${Math.min(this.area.scrollHeight, Math.max(120, innerHeight * 0.35))}px`;
   }
