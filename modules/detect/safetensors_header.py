@@ -37,7 +37,8 @@ _SPACE = re.compile(r"[ \t\r\n]*")
 _NUMBER = r"(?:0|[1-9]\d{0,17})"
 # One entry as every library writes it. Anything else goes the strict, slower way.
 _USUAL = re.compile(
-    rf'"(?!__metadata__")([^"\\\x00-\x1f]{{1,512}})": ?\{{"dtype": ?"(\w{{1,16}})", ?"shape": ?\[((?:{_NUMBER}(?:, ?{_NUMBER})*)?)\], ?'
+    rf'"(?!__metadata__")([^"\\\x00-\x1f]{{1,512}})": ?'
+    rf'\{{"dtype": ?"(\w{{1,16}})", ?"shape": ?\[((?:{_NUMBER}(?:, ?{_NUMBER})*)?)\], ?'
     rf'"data_offsets": ?\[({_NUMBER}), ?({_NUMBER})\]\}}',
     re.ASCII,
 )

@@ -50,13 +50,14 @@ def _vocabulary_size(raw: bytes) -> int:
     """The highest id in model.vocab plus one; 0 when there is none in a layout we know."""
     start = _OBJECT.search(raw)
     if start:
-        # A scanner goes on where its last match ended: the loop over a quarter of a million tokens stays in C.
-        matches: Iterator[re.Match[bytes]] = iter(_PAIR.scanner(raw, start.end()).match, None)  # type: ignore[attr-defined]
-        return 1 + max([int(match[1]) for match in matches] or [-1])
+        return 1 + max((int(match[1]) for match in _run(_PAIR, raw, start.end())), default=-1)
     start = _LIST.search(raw)
-    if not start:
-        return 0
-    return sum(1 for _ in iter(_PIECE.scanner(raw, start.end()).match, None))  # type: ignore[attr-defined]
+    return len(list(_run(_PIECE, raw, start.end()))) if start else 0
+
+
+def _run(pattern: re.Pattern[bytes], raw: bytes, at: int) -> Iterator[re.Match[bytes]]:
+    """Matches one right after the other. A scanner keeps the loop over a quarter of a million tokens in C."""
+    return iter(pattern.scanner(raw, at).match, None)  # type: ignore[attr-defined,no-any-return]
 
 
 def _added_ids(raw: bytes) -> dict[int, bytes]:
