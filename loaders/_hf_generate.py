@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from loaders._hf_load import Loaded, is_out_of_memory
+from loaders._process import peak_memory
 from modules.assemble import TokenAssembler
 from modules.detokenize import WindowDetokenizer
 from modules.errors import ContextLengthExceeded, GenerateOutOfMemory, GenerationFailed, InvalidParameter
@@ -323,12 +324,7 @@ class HfRunner:
         torch = self._torch
         if not self._on_cpu and torch.cuda.is_available():
             return int(sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())))
-        try:
-            import resource
-        except ImportError:  # Windows
-            return None
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+        return peak_memory()
 
     def _raise_typed(self, error: Exception) -> NoReturn:
         """Raise the product's error for what torch raised; anything unknown as it is."""

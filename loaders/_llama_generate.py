@@ -5,13 +5,13 @@ The KV cache stays between requests; only what a prompt does not share with the 
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from loaders._llama_capi import AbortCallback, Token
 from loaders._llama_sampling import NativeSampler
+from loaders._process import peak_memory
 from modules.assemble import TokenAssembler
 from modules.detokenize import ByteDetokenizer
 from modules.errors import ContextLengthExceeded, GenerateOutOfMemory, GenerationFailed, InvalidParameter
@@ -108,7 +108,7 @@ class LlamaRunner:
             Usage(len(ids), assembler.count, cached),
             Timings((first or time.perf_counter()) - started, max(last - first, 0.0)),
             stop_match=assembler.stop_match,
-            peak_memory_bytes=_peak_memory(),
+            peak_memory_bytes=peak_memory(),
             applied=sampler.applied | ({"grammar": True} if grammar is not None else {}),
             ignored=ignored | sampler.ignored,
             seed=sampler.seed,
@@ -219,12 +219,3 @@ class LlamaRunner:
         if status:
             self._raise_decode(status)
         self._ids.extend(ids)
-
-
-def _peak_memory() -> int | None:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

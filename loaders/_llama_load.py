@@ -59,7 +59,7 @@ class LlamaModel:
         self.lib = lib
         self.path = path
         self.log = Log()
-        lib.llama_log_set(self.log.callback, None)
+        self.take_log()
         lib.llama_backend_init()
         if options["numa"] != "off":
             lib.llama_numa_init(NUMA[options["numa"]])
@@ -78,6 +78,10 @@ class LlamaModel:
         self.eos_ids = frozenset(i for i in range(self.n_vocab) if lib.llama_vocab_is_eog(self.vocab, i))
         self.bos_id = int(lib.llama_vocab_bos(self.vocab))
         self.info = self._describe(options, trained)
+
+    def take_log(self) -> None:
+        """Send llama.cpp's log here."""
+        self.lib.llama_log_set(self.log.callback, None)
 
     def close(self) -> None:
         """Free context and model; nothing else may be called afterwards."""

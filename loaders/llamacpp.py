@@ -1,24 +1,27 @@
 """llama.cpp: GGUF files, by llama-cpp-python's library where it was compiled, else by xllamacpp's, which comes prebuilt.
 
 This module is the spec and the thin engine. `_llama_capi` binds the C interface of either library, `_llama_load` opens a model,
-`_llama_sampling` picks tokens, `_llama_generate` runs it all in the one compute thread. No server and no port is involved.
+`_llama_sampling` picks tokens, `_llama_generate` runs it all in the one compute thread. No server and no port is involved, but
+where xllamacpp's library hides the C interface (Windows): there `_xllamacpp_server` drives its in-process server.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from modules import sampling as table
 from modules.engine import CancelToken, Engine, Progress
-from modules.errors import InvalidGrammar, UnsupportedParameter
+from modules.errors import BackendUnavailable, InvalidGrammar, UnsupportedParameter
 from modules.schema import Event, GenerationRequest, LoaderSpec, LoadProgress, ModelInfo, OptionSpec
 
 if TYPE_CHECKING:
     from loaders._llama_generate import LlamaRunner
     from loaders._llama_load import LlamaModel
+    from loaders._xllamacpp_server import ServerModel
 
 _CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
 _LACKING = frozenset("guidance_scale penalty_alpha num_beams length_penalty early_stopping prompt_lookup_num_tokens".split())
@@ -130,8 +133,8 @@ SPEC = LoaderSpec(
             "engine",
             "choice",
             "auto",
-            "Which build of llama.cpp: the one compiled here (llama_cpp) or the prebuilt one (xllamacpp).",
-            choices=("auto", "llama_cpp", "xllamacpp"),
+            "Which build of llama.cpp: the one compiled here (llama_cpp), the prebuilt one (xllamacpp), or that one's server.",
+            choices=("auto", "llama_cpp", "xllamacpp", "xllamacpp_server"),
             advanced=True,
         ),
     ),
@@ -159,8 +162,9 @@ class LlamaCppEngine(Engine):
     spec = SPEC
 
     def __init__(self) -> None:
-        self._model: LlamaModel | None = None
-        self._runner: LlamaRunner | None = None
+        self._model: LlamaModel | ServerModel | None = None
+        self._runner: LlamaRunner | ServerModel | None = None
+        self._schema_by_package = False
 
     @classmethod
     def versions(cls) -> dict[str, str]:
@@ -174,22 +178,37 @@ class LlamaCppEngine(Engine):
 
     def load(self, path: str, options: dict[str, Any], progress: Progress) -> ModelInfo:
         from loaders._llama_capi import open_library
-        from loaders._llama_generate import LlamaRunner
-        from loaders._llama_load import LlamaModel
 
         progress(LoadProgress("Starting llama.cpp"))
         self.close()
-        self._model = LlamaModel(open_library(options["engine"]), path, options, progress)
-        self._runner = LlamaRunner(self._model)
+        library = None
+        if options["engine"] != "xllamacpp_server":
+            try:
+                library = open_library(options["engine"])
+            except BackendUnavailable as error:
+                if options["engine"] == "llama_cpp" or not _has_xllamacpp():
+                    raise
+                print(f"llama.cpp: {error.message} Its in-process server is used instead.", file=sys.stderr)
+        if library is None:
+            from loaders._xllamacpp_server import ServerModel
+
+            self._model = self._runner = ServerModel(path, options, progress)
+        else:
+            from loaders._llama_generate import LlamaRunner
+            from loaders._llama_load import LlamaModel
+
+            self._model = LlamaModel(library, path, options, progress)
+            self._schema_by_package = library.engine == "llama_cpp"
+            self._runner = LlamaRunner(self._model)
         return self._model.info
 
     @property
-    def model(self) -> LlamaModel:
+    def model(self) -> LlamaModel | ServerModel:
         assert self._model is not None, "load comes first"
         return self._model
 
     @property
-    def runner(self) -> LlamaRunner:
+    def runner(self) -> LlamaRunner | ServerModel:
         assert self._runner is not None, "load comes first"
         return self._runner
 
@@ -210,11 +229,11 @@ class LlamaCppEngine(Engine):
         """GBNF for a JSON schema: llama-cpp-python's converter, or ours, as xllamacpp's makes no GBNF."""
         from loaders._schema_gbnf import to_gbnf
 
-        if self.model.lib.engine == "xllamacpp":
+        if not self._schema_by_package:
             return to_gbnf(schema)
         from llama_cpp.llama_grammar import json_schema_to_gbnf
 
-        self.model.lib.llama_log_set(self.model.log.callback, None)  # importing the package set its own
+        self.model.take_log()  # importing the package set its own
         try:
             return str(json_schema_to_gbnf(json.dumps(schema)))
         except Exception as error:
@@ -238,3 +257,9 @@ class LlamaCppEngine(Engine):
         if self._model is not None:
             self._model.close()
         self._model = self._runner = None
+
+
+def _has_xllamacpp() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("xllamacpp") is not None

@@ -27,6 +27,7 @@ class Row:
     needs: str = ""
     module: str | None = None
     byte_exact: bool = False
+    lacks: frozenset[str] = frozenset()  # features that this build of the loader's backend does without
 
     def skip_reason(self, overlays: Overlays) -> str | None:
         """Why this row can't run here, or None."""
@@ -65,4 +66,13 @@ ROWS = (
     Row("llama_cpp-stories", "llamacpp", _stories("stories260K-f32.gguf"), {"engine": "llama_cpp"}, _STORIES, "llama_cpp"),
     Row("xllamacpp-wren", "llamacpp", _bundled("wren-6m-gguf/wren-6m-F16.gguf"), {"engine": "xllamacpp"}, _WREN, "xllamacpp"),
     Row("xllamacpp-stories", "llamacpp", _stories("stories260K-f32.gguf"), {"engine": "xllamacpp"}, _STORIES, "xllamacpp"),
+    Row(
+        "xllamacpp_server-stories",
+        "llamacpp",
+        _stories("stories260K-f32.gguf"),
+        {"engine": "xllamacpp_server"},
+        _STORIES,
+        "xllamacpp",
+        lacks=frozenset({"score", "echo", "min_tokens", "all_samplers"}),
+    ),
 )
