@@ -8,6 +8,7 @@ import errno
 import hashlib
 import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 CHUNK = 1 << 20
 MAX_REDIRECTS = 5
 ATTEMPTS = 6
+MIN_RATE = 200  # bytes per second
 _RANGE = re.compile(r"bytes (\d+)-\d*/(\d+|\*)")
 _RETRY_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 OnBytes = Callable[[int], None]
@@ -154,6 +156,7 @@ async def _start(response: httpx.Response, have: int, file: RepoFile) -> int:
 
 async def _copy(response: httpx.Response, out: BinaryIO, at: int, file: RepoFile, on_bytes: OnBytes) -> None:
     waiting = bytearray()
+    pace = _Pace(response.request.extensions.get("timeout", {}).get("read") or 30.0)
     first = at == 0
     try:
         async for piece in response.aiter_raw():
@@ -166,6 +169,7 @@ async def _copy(response: httpx.Response, out: BinaryIO, at: int, file: RepoFile
             if at + len(waiting) + len(piece) > file.size:
                 raise _Mismatch(f"more than the {file.size:,} bytes announced")
             waiting += piece
+            pace.count(len(piece))
             if len(waiting) >= CHUNK:
                 block = bytes(waiting)
                 waiting.clear()
@@ -179,6 +183,24 @@ async def _copy(response: httpx.Response, out: BinaryIO, at: int, file: RepoFile
     on_bytes(at)
     if at < file.size:
         raise Retry(f"the connection ended at {at:,} of {file.size:,} bytes")
+
+
+class _Pace:
+    """A server that sends a byte now and then has stalled, whatever its socket says."""
+
+    def __init__(self, window_s: float) -> None:
+        self.window_s = window_s
+        self.began = time.monotonic()
+        self.seen = 0
+
+    def count(self, count: int) -> None:
+        self.seen += count
+        passed = time.monotonic() - self.began
+        if passed < self.window_s:
+            return
+        if self.seen < MIN_RATE * passed:
+            raise Retry("the server sends almost nothing")
+        self.began, self.seen = time.monotonic(), 0
 
 
 async def _write(out: BinaryIO, block: bytes) -> None:

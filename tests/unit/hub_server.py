@@ -24,6 +24,7 @@ class Faults:
     cut_after: list[int] = field(default_factory=list)  # close the connection after so many bytes of the body
     statuses: list[int] = field(default_factory=list)  # answer this instead of the file
     stall_s: float = 0.0  # after the body or its cut
+    drip_s: float = 0.0  # send the body a byte at a time, this far apart
     stall_only: str = ""  # only for this file
     html: bool = False
     ignore_range: bool = False
@@ -145,6 +146,9 @@ class FakeHub:
         for key, value in {**headers, "Content-Length": str(len(body))}.items():
             handler.send_header(key, value)
         handler.end_headers()
+        for number in range(len(body) if faults.drip_s else 0):
+            handler.wfile.write(body[number : number + 1])
+            time.sleep(faults.drip_s)
         handler.wfile.write(body if cut is None else body[:cut])
         handler.wfile.flush()
         if faults.stall_s and faults.stall_only in name:

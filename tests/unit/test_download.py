@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 
 from modules.detect import list_models
-from modules.download import add_parser, run
+from modules.download import add_parser, run, transfer
 from modules.download.fetch import DownloadProgress, DownloadRequest, download, plan_download
 from modules.download.hub import Hub, check_names
 from modules.download.plan import RepoFile, choose_files
@@ -190,6 +190,14 @@ def test_a_stalled_server_is_given_up_on(hub: FakeHub, tmp_path: Path) -> None:
         fetch(hub, tmp_path, stall_s=0.05)
 
 
+def test_a_server_that_drips_is_given_up_on(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "ATTEMPTS", 1)
+    hub.files = {"model.safetensors": WEIGHTS}
+    hub.faults.drip_s = 0.02
+    with pytest.raises(DownloadError, match="almost nothing"):
+        fetch(hub, tmp_path, stall_s=0.5)
+
+
 def test_cancelling_is_quick_and_keeps_the_part(hub: FakeHub, tmp_path: Path) -> None:
     hub.files = {"model.safetensors": WEIGHTS}
     hub.faults.cut_after = [4000]
@@ -298,7 +306,7 @@ def test_the_command(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 KILLED = """
 import asyncio, sys
 from pathlib import Path
-from modules.download import add_parser, run
+from modules.download import add_parser, run, transfer
 from modules.download.fetch import DownloadRequest, download
 from modules.download.hub import Hub
 asyncio.run(download(DownloadRequest("owner/name", Path(sys.argv[2])), lambda progress: None, hub=Hub(sys.argv[1])))
