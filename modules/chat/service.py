@@ -135,8 +135,9 @@ class ChatService:
         return self.view(await self._store.snapshot(conversation))
 
     def view(self, snapshot: Snapshot) -> dict[str, Any]:
-        """JSON for the page, with what is in memory laid over what is on disk."""
+        """JSON for the page, with what is in memory laid over what is on disk. `unsaved` says why nothing reaches the disk."""
         data = {name: getattr(snapshot, name) for name in _SNAPSHOT_FIELDS}
+        data["unsaved"] = str(self._store.memory_only) if self._store.memory_only is not None else None
         return {**data, "messages": [self.node_view(node) for node in snapshot.messages]}
 
     def node_view(self, node: Node) -> dict[str, Any]:
@@ -312,7 +313,7 @@ class ChatService:
             news = True
             if self._writing.get(writing.node) is writing:
                 del self._writing[writing.node]
-            self._storage_works()
+            self._saved()
         writing.saved.set()
         if news:
             self._publish(writing.conversation, None)
@@ -320,6 +321,8 @@ class ChatService:
     async def _checkpoints(self) -> None:
         while True:
             await asyncio.sleep(self._checkpoint_s)
+            if self._store.memory_only is not None and await self._store.save_again():
+                self._saved()
             for writing in list(self._writing.values()):
                 if writing.final is not None:
                     if writing.saved.is_set():  # its first try has failed
@@ -332,7 +335,7 @@ class ChatService:
                         self._storage_failed(error)
                     else:
                         writing.checkpointed = length
-                        self._storage_works()
+                        self._saved()
 
     async def _backups(self) -> None:
         while True:
@@ -365,7 +368,7 @@ class ChatService:
         except StorageError as error:
             self._storage_failed(error)
             raise
-        self._storage_works()
+        self._saved()
         return result
 
     def _changed(self, snapshot: Snapshot) -> dict[str, Any]:
@@ -380,10 +383,12 @@ class ChatService:
     def _storage_failed(self, error: StorageError) -> None:
         if not self._storage_fails:
             self._storage_fails = True
-            self.notify("error", f"{error} Answers go on and are kept in memory; export the open chats to be safe.")
+            self.notify("error", f"{error} Chats go on in memory only: export what you need, it is lost if the server ends.")
 
-    def _storage_works(self) -> None:
-        if self._storage_fails:
+    def _saved(self) -> None:
+        if self._store.memory_only is not None:
+            self._storage_failed(self._store.memory_only)
+        elif self._storage_fails:
             self._storage_fails = False
             self.notify("info", "Chats are saved again.")
 

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
@@ -337,6 +337,20 @@ async def test_a_full_disk_refuses_the_message_but_not_the_answer(rig: Rig, monk
     notices = [event.data async for event in events if event.kind == "notice"]
     assert [notice["level"] for notice in notices] == ["error", "info"], "said once, and when it is over"
     assert [notice.level for notice in rig.chat.notices()] == ["error", "info"]
+
+
+async def test_a_read_only_disk_is_said_and_chats_go_on_in_memory(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = rig.store._save_again
+    monkeypatch.setattr(rig.store, "_save_again", lambda: False)
+    assert rig.store._connection is not None
+    rig.store._connection.execute("PRAGMA query_only = ON")
+    with rig.events.subscribe() as events:
+        done = await rig.asked("still here")
+        assert "can't be written" in done["unsaved"] and done["messages"][1]["text"] == WHOLE
+        monkeypatch.setattr(rig.store, "_save_again", real)
+        await until(lambda: not rig.chat._storage_fails)
+    assert (await rig.chat.snapshot(done["id"]))["unsaved"] is None
+    assert [event.data["level"] async for event in events if event.kind == "notice"] == ["error", "info"]
 
 
 async def test_the_end_of_the_server_keeps_what_came(tmp_path: Path, templates: TemplateRenderer) -> None:

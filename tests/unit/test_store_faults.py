@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from modules.chat import store_files
+from modules.chat import store_files, store_memory
 from modules.chat.schema_sql import MIGRATIONS
 from modules.chat.store_sqlite import SqliteChatStore
 from modules.errors import StorageError, StorageFull, StorageReadOnly, StoreLocked
@@ -85,14 +85,51 @@ async def test_full_disk_keeps_the_old_state_and_recovers(tmp_path: Path) -> Non
     await store.close()
 
 
-async def test_read_only_medium(tmp_path: Path) -> None:
+async def test_a_disk_that_turns_read_only_is_replaced_by_memory_until_it_is_back(tmp_path: Path) -> None:
+    store, chat = await filled(tmp_path)
+    on_disk = await store.snapshot(chat)
+    assert store._connection is not None
+    store._connection.execute("PRAGMA query_only = ON")  # SQLite's own SQLITE_READONLY, also for root
+    change = await store.add_message(chat, "in memory", client_id="c2", generation="g2")
+    assert isinstance(store.memory_only, StorageReadOnly) and "can't be written" in str(store.memory_only)
+    assert change.node is not None and await store.finish(change.node, "g2", text="too", status="complete")
+    assert [m.text for m in (await store.snapshot(chat)).messages] == ["keep me", "kept", "in memory", "too"]
+    assert len(await store.conversations("in memory")) == 1
+    look = sqlite3.connect(store.path)
+    assert look.execute("SELECT count(*) FROM nodes").fetchone()[0] == len(on_disk.messages), "the file is as it was"
+    look.close()
+    assert await store.save_again() and store.memory_only is None
+    await store.create()
+    expected = await store.snapshot(chat)
+    await store.close()
+    store, notices = await reopened(tmp_path)
+    assert notices == [] and await store.snapshot(chat) == expected
+    assert [m.text for m in expected.messages][2:] == ["in memory", "too"]
+    assert store._connection is not None and store._connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+    await store.close()
+
+
+async def test_what_is_in_memory_is_written_at_an_orderly_end_if_it_can_be(tmp_path: Path) -> None:
+    store, chat = await filled(tmp_path)
+    assert store._connection is not None
+    store._connection.execute("PRAGMA query_only = ON")
+    await store.update(chat, {"title": "Renamed"})
+    assert store.memory_only
+    await store.close()
+    store, _ = await reopened(tmp_path)
+    assert (await store.snapshot(chat)).title == "Renamed"
+    await store.close()
+
+
+async def test_a_large_database_is_not_copied_to_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_memory, "LIMIT_BYTES", 1000)
     store, chat = await filled(tmp_path)
     before = await store.snapshot(chat)
     assert store._connection is not None
-    store._connection.execute("PRAGMA query_only = ON")  # SQLite's own SQLITE_READONLY, also for root
+    store._connection.execute("PRAGMA query_only = ON")
     with pytest.raises(StorageReadOnly):
         await store.create()
-    assert await store.snapshot(chat) == before
+    assert store.memory_only is None and await store.snapshot(chat) == before
     store._connection.execute("PRAGMA query_only = OFF")
     await store.create()
     await store.close()
@@ -113,17 +150,19 @@ class FailingConnection:
         return getattr(self._real, name)
 
 
-async def test_a_failed_fsync_fails_that_save_and_begins_a_new_connection(tmp_path: Path) -> None:
+async def test_after_a_failed_fsync_everything_is_written_anew(tmp_path: Path) -> None:
     store, chat = await filled(tmp_path)
-    before = await store.snapshot(chat)
     real = store._connection
     assert real is not None
     store._connection = FailingConnection(real, "COMMIT", "disk I/O error")  # type: ignore[assignment]
-    with pytest.raises(StorageReadOnly, match="disk reported an error"):
-        await store.add_message(chat, "lost?", client_id="c2", generation="g2")
-    assert store._connection is None, "the connection is not trusted any more"
-    assert await store.snapshot(chat) == before
-    assert (await store.add_message(chat, "lost?", client_id="c2", generation="g2")).fresh, "it was never acknowledged"
+    assert (await store.add_message(chat, "lost?", client_id="c2", generation="g2")).fresh
+    assert "disk reported an error" in str(store.memory_only)
+    with pytest.raises(sqlite3.ProgrammingError):
+        real.execute("SELECT 1")  # closed: nobody knows what its pages are worth
+    assert await store.save_again()
+    await store.close()
+    store, _ = await reopened(tmp_path)
+    assert (await store.snapshot(chat)).messages[2].text == "lost?"
     await store.close()
 
 
@@ -132,11 +171,20 @@ async def test_a_removed_folder_is_noticed(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     store, chat = await filled(folder)
     folder.rename(tmp_path / "elsewhere")
-    with pytest.raises(StorageReadOnly, match="moved or removed"):
-        await store.add_message(chat, "q", client_id="c2", generation="g2")
-    assert len((await store.snapshot(chat)).messages) == 2, "what is there can still be read and exported"
-    (tmp_path / "elsewhere").rename(folder)
     assert (await store.add_message(chat, "q", client_id="c2", generation="g2")).fresh
+    assert "moved or removed" in str(store.memory_only)
+    folder.mkdir()
+    (folder / "chats.sqlite").write_bytes(b"a stranger's")
+    assert not await store.save_again(), "another file in its place is not written to"
+    assert (folder / "chats.sqlite").read_bytes() == b"a stranger's"
+    (folder / "chats.sqlite").unlink()
+    folder.rmdir()
+    assert not await store.save_again()
+    (tmp_path / "elsewhere").rename(folder)
+    assert await store.save_again() and store.memory_only is None
+    await store.close()
+    store, _ = await reopened(folder)
+    assert (await store.snapshot(chat)).messages[2].text == "q"
     await store.close()
 
 
