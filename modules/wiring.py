@@ -94,7 +94,7 @@ async def running(services: Services) -> AsyncIterator[None]:
         for problem in (*services.settings.problems, *services.model_settings.problems):
             log.warning("%s", problem)
         if services.chat is not None:
-            await services.chat.start()
+            await services.chat.start([*services.settings.problems, *services.model_settings.problems])
         services.manager.on_active = lambda resident: _remember(services, resident, background)
         services.manager.watch_idle()
         _keep(background, services.templates.warm())

@@ -22,7 +22,7 @@ from modules.chat.turns import AnswerSettings, PromptBuilder, build_messages
 from modules.errors import AppError, Conflict, NotFound, StorageError
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Coroutine, Sequence
 
     from modules.chat.store import Change, ChatStore
     from modules.chat.templates import TemplateRenderer
@@ -97,11 +97,11 @@ class ChatService:
 
     # --- life ---------------------------------------------------------------------------------------------------
 
-    async def start(self) -> None:
-        """Begin the checkpoints and the backups; the store is open."""
-        problems = [Notice("warning", problem) for problem in self._settings.problems]
+    async def start(self, problems: Sequence[str] = ()) -> None:
+        """Begin the checkpoints and the backups; the store is open. `problems` of the start are told to the page."""
         now = time.monotonic()
-        self._notices += [(now, notice) for notice in (*self._store.notices, *problems)]
+        notices = [*self._store.notices, *(Notice("warning", problem) for problem in problems)]
+        self._notices += [(now, notice) for notice in notices]
         self._loops = [asyncio.create_task(self._checkpoints()), asyncio.create_task(self._backups())]
 
     async def close(self) -> None:

@@ -62,7 +62,7 @@ if sys.platform == "win32":
     import msvcrt
 
     def _lock(file: IO[str]) -> None:
-        file.seek(1024)  # a byte nobody reads: a locked range can't be read by others, and the pid should be
+        file.seek(1 << 30)  # far from the pid: a locked range can't be read by others
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         file.seek(0)
 

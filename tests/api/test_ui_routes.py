@@ -492,3 +492,19 @@ def test_a_second_server_on_the_same_data_is_refused(launch: Callable[..., Serve
         launch(data=server.data, model=None)
     assert f"process {server.process.pid}" in str(caught.value) and "--user-data-dir" in str(caught.value)
     server.oracle()
+
+
+def test_what_went_wrong_at_the_start_is_told_to_the_page(launch: Callable[..., Server], tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "settings.yaml").write_text("theme: dark\nmax_tokens: many\n", encoding="utf-8")
+    (data / "model_settings.yaml").write_text("- a list\n", encoding="utf-8")
+    (data / "chats.sqlite").write_bytes(b"rubbish")
+    server = launch(data=data, model=None)
+    page = Page(server)
+    assert page.call("GET", "settings")["theme"] == "dark"
+    with listening(server) as wait:
+        for words in ("chat database could not be read", "max_tokens", "no map of models", "settings.yaml.bad"):
+            wait(lambda event, words=words: event.kind == "notice" and words in event.data["text"])  # type: ignore[misc]
+    assert next(data.glob("chats.sqlite.corrupt-*")).read_bytes() == b"rubbish"
+    assert page.new()["messages"] == []
