@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modules.convert.gguf import ConvertJob, convert, library_types
+from modules.convert.unpickle import convert_pickle
 from modules.detect import find_model
 from modules.errors import AppError
 from modules.progress_line import ProgressLine
@@ -21,10 +22,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "convert",
         help="convert and quantise models",
-        description="Convert a Hugging Face folder to GGUF, or quantise a GGUF, with llama.cpp's own tools.",
+        description="Convert a Hugging Face folder to GGUF, or quantise a GGUF, with llama.cpp's own tools. "
+        "Turn pickled weights into safetensors.",
     )
     parser.add_argument("source", metavar="MODEL", nargs="?", help="a name under the model folder, or a path")
-    parser.add_argument("--to", choices=("gguf",), default="gguf", help="format to write")
+    parser.add_argument("--to", choices=("gguf", "safetensors"), default="gguf", help="format to write")
     parser.add_argument(
         "--type", default="F16", help="GGUF type: F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0, … (--types lists all)"
     )
@@ -32,6 +34,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--imatrix", type=Path, metavar="FILE", help="importance matrix; types below Q2_K need one")
     parser.add_argument("--requantize", action="store_true", help="allow a quantised GGUF as the source, at a loss of quality")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    parser.add_argument(
+        "--allow-pickle", action="store_true", help="with --to safetensors: open a .bin, .pt or .pth file you trust, fenced in"
+    )
     parser.add_argument("--types", action="store_true", dest="list_types", help="list the types the installed llama.cpp writes")
     return parser
 
@@ -65,16 +70,21 @@ async def _list_types() -> None:
 async def _convert(args: argparse.Namespace, config: Any) -> None:
     model = find_model(args.source, config.model_dirs, allow_paths=True)
     line = ProgressLine()
+    out = args.out.expanduser().resolve() if args.out else None
     job = ConvertJob(
         source=Path(model.path),
         type=args.type,
-        out=args.out.expanduser().resolve() if args.out else None,
+        out=out,
         imatrix=args.imatrix.expanduser() if args.imatrix else None,
         requantize=args.requantize,
         overwrite=args.overwrite,
     )
     try:
-        done = await convert(job, line.show)
+        if args.to == "safetensors":
+            allow = args.allow_pickle
+            done = await convert_pickle(job.source, line.show, allow_pickle=allow, out=out, overwrite=args.overwrite)
+        else:
+            done = await convert(job, line.show)
     finally:
         line.close()
     for note in done.notes:

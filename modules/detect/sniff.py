@@ -78,7 +78,8 @@ def no_model(kind: FileKind, name: str) -> LoadError:
     if kind in _PICKLES:
         return UnsafeModel(
             f"{name} is a Python pickle, which can run any code when it is opened, so it is refused.",
-            hint="Use the model's .safetensors or .gguf version; most models have one (`server.py download` picks it).",
+            hint="Use the model's .safetensors or .gguf version (`server.py download` picks it). If you trust this file: "
+            "`server.py convert FILE --to safetensors --allow-pickle`.",
         )
     if kind == "7z" or kind == "gzip":
         return UnknownFormat(f"{name} is a compressed archive.", hint="Unpack it and load the .safetensors or .gguf file inside.")

@@ -8,18 +8,20 @@ import errno
 import io
 import json
 import os
+import pickle
 import shutil
 import struct
 import subprocess
 import sys
 import tarfile
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from modules.convert import ConvertJob, convert, default_output
+from modules.convert import ConvertJob, convert, convert_pickle, default_output
 from modules.convert import gguf as convert_gguf
 from modules.convert.children.imatrix import read_imatrix
 from modules.convert.children.tokenizer_rules import merge_scores, plain_byte_level
@@ -439,6 +441,92 @@ def test_a_killed_conversions_files_are_removed_by_the_next(tmp_path: Path, step
     assert [model.id for model in list_models([folder.parent])] == ["m"]
     asyncio.run(convert(ConvertJob(folder), ignore, FakeOverlays(tmp_path)))
     assert [path.name for path in folder.parent.glob(".*")] == [mine.name]
+
+
+# --- pickles ---------------------------------------------------------------------------------------------------
+
+
+def torch_like(path: Path, member: bytes = b"x") -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("m/data.pkl", member)
+    return path
+
+
+def test_a_pickle_is_opened_only_when_its_owner_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UnsafeModel, match="--allow-pickle"):
+        asyncio.run(convert_pickle(torch_like(tmp_path / "m.pth"), ignore, allow_pickle=False, overlays=FakeOverlays(tmp_path)))
+
+
+def test_a_bomb_is_refused_before_anything_reads_it(tmp_path: Path) -> None:
+    bomb = torch_like(tmp_path / "m.pth", bytes(50_000_000))
+    with pytest.raises(UnsafeModel, match="would unpack to"):
+        asyncio.run(convert_pickle(bomb, ignore, allow_pickle=True, overlays=FakeOverlays(tmp_path)))
+
+
+def test_what_is_no_pickle_is_not_opened(tmp_path: Path) -> None:
+    folder = hf_folder(tmp_path / "m")
+    for source, message in ((folder, "no pytorch_model.bin"), (folder / "model.safetensors", "already")):
+        with pytest.raises(IncompatibleModel, match=message):
+            asyncio.run(convert_pickle(source, ignore, allow_pickle=True, overlays=FakeOverlays(tmp_path)))
+    (folder / "pytorch_model.bin").write_bytes(b"<html>")
+    with pytest.raises(CorruptModel, match="web page"):
+        asyncio.run(convert_pickle(folder, ignore, allow_pickle=True, overlays=FakeOverlays(tmp_path)))
+    write_json(folder / "pytorch_model.bin.index.json", {"weight_map": {"a": "../x.bin"}})
+    with pytest.raises(CorruptModel, match="not there"):
+        asyncio.run(convert_pickle(folder, ignore, allow_pickle=True, overlays=FakeOverlays(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        "open('canary', 'w')",
+        "os.open('canary', os.O_CREAT | os.O_WRONLY)",
+        "os.system('touch canary')",
+        "import subprocess; subprocess.run(['touch', 'canary'])",
+        "import socket; socket.create_connection(('127.0.0.1', 9))",
+        "os.rename('snippet.py', 'canary')",
+        "import ctypes; ctypes.CDLL('libc.so.6')",
+    ],
+)
+def test_the_fence_ends_whatever_does_more_than_read(child: Any, tmp_path: Path, attempt: str) -> None:
+    code = (
+        "from modules.convert.children.pickle_to_safetensors import _fence\n_fence(report)\n"
+        f"try:\n    {attempt}\nexcept BaseException:\n    pass\nreport.done()"
+    )
+    with pytest.raises(UnsafeModel, match="more than load weights"):
+        asyncio.run(child(code))
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.slow
+def test_a_pickle_with_code_stays_refused(real: Overlays, tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    path = tmp_path / "m.bin"
+    path.write_bytes(pickle.dumps(Canary(canary), protocol=2))
+    with pytest.raises((UnsafeModel, CorruptModel)):
+        asyncio.run(convert_pickle(path, ignore, allow_pickle=True, overlays=real))
+    assert [p.name for p in tmp_path.iterdir()] == ["m.bin"]
+
+
+class Canary:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.path),))
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+def test_a_real_pickle_becomes_safetensors(real: Overlays, shared: Path, tmp_path: Path) -> None:
+    source = shared / "models" / "tiny-rwkv" / "converted-tiny-rwkv-5v2-730K.pth"
+    done = asyncio.run(convert_pickle(source, ignore, allow_pickle=True, out=tmp_path / "r.safetensors", overlays=real))
+    files = check(done.path)
+    assert (files.format, files.architecture, files.vocab_size) == ("rwkv", "rwkv5", 256)
+    with pytest.raises(Conflict):
+        asyncio.run(convert_pickle(source, ignore, allow_pickle=True, out=done.path, overlays=real))
 
 
 # --- importance matrices ---------------------------------------------------------------------------------------
