@@ -149,6 +149,7 @@ def test_formats_that_are_whole_but_not_read(tmp_path: Path, data: bytes, messag
         ({"general__architecture": (STRING, "clip"), "clip__has_vision_encoder": (BOOL, True)}, "multimodal projector"),
         ({"general__type": (STRING, "mmproj")}, "multimodal projector"),
         ({"general__type": (STRING, "imatrix")}, "importance matrix"),
+        ({"general__type": (STRING, "imatrix"), "general__architecture": None}, "importance matrix"),
         ({"general__architecture": (STRING, "bert")}, "embedding model"),
         ({"general__type": (STRING, "adapter")}, "LoRA adapter"),
     ],
@@ -163,6 +164,12 @@ def test_files_that_are_no_chat_model_say_what_they_are(
 def test_a_gguf_adapter_is_one(tmp_path: Path) -> None:
     path = write(tmp_path, gguf_bytes(gguf_keys(general__type=(STRING, "adapter"))))
     assert check(path, adapter=True).format == "lora"
+
+
+def test_encoder_decoder_names_and_absent_token_ids_are_fine(tmp_path: Path) -> None:
+    tensors = {"token_embd.weight": ((32, 4), 0, 512), "enc.blk.0.attn_q.weight": ((32, 32), 0, 4096)}
+    keys = gguf_keys(tokenizer__ggml__bos_token_id=(U32, 2**32 - 1))
+    assert check(write(tmp_path, gguf_bytes(keys, tensors))).problem is None
 
 
 def test_a_vocabulary_alone_is_no_model(tmp_path: Path) -> None:
