@@ -43,7 +43,7 @@ def check_tokenizer(folder: Path, names: set[str] | frozenset[str], rows: int | 
     size = _vocabulary_size(raw)
     beyond = [number for number in added if rows is not None and number >= rows]
     if len(beyond) > MAX_STRAY_TOKENS:
-        size = max(size, *added) + 1
+        size = max(size, max(added) + 1)
     if rows is not None and size > rows:
         raise IncompatibleModel(
             f"The tokenizer has {size:,} tokens, but the embedding only {rows:,} rows.",
