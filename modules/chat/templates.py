@@ -150,7 +150,7 @@ class TemplateRenderer:
             return text
         raise TemplateError(
             f"The model's chat template failed: {reply['error']}",
-            hint="Check the order of the messages, or use another model.",
+            hint="Check the order of the messages." if reply.get("kind") == "TemplateError" else "Use another copy of this model.",
             detail={"kind": reply.get("kind")},
         )
 
