@@ -35,7 +35,8 @@ def native(sampler, history=()):
         lib.llama_sampler_accept(sampler, token)
     lib.llama_sampler_apply(sampler, ctypes.byref(array))
     lib.llama_sampler_free(sampler)
-    return {int(r["id"]): float(r["logit"]) for r in records[: array.size] if np.isfinite(r["logit"])}
+    start = (array.data - records.ctypes.data) // records.itemsize  # XTC moves the pointer past what it drops
+    return {int(r["id"]): float(r["logit"]) for r in records[start : start + array.size] if np.isfinite(r["logit"])}
 
 def same_set(sampler, kept):
     return sorted(native(sampler)) == sorted(kept.tolist())
