@@ -60,8 +60,13 @@ def pull(root: Path) -> str:
     if git(root, "status", "--porcelain", "--untracked-files=no"):
         return "this checkout has local changes: the code is left as it is, only the environments are renewed"
     before = commit(root)
-    if git(root, "pull", "--ff-only", "--quiet") is None:
-        raise SetupError("git pull --ff-only failed: check the network, or that your branch has no commits of its own.")
+    done = subprocess.run(["git", "pull", "--ff-only", "--quiet"], cwd=root, capture_output=True, encoding="utf-8", check=False)
+    if done.returncode != 0:
+        reasons = [line.strip() for line in done.stderr.splitlines() if line.startswith(("fatal:", "error:"))]
+        raise SetupError(
+            f"git pull --ff-only failed ({reasons[-1] if reasons else 'no reason given'}): check the network, that your "
+            "branch has no commits of its own and that no file of yours is in the way."
+        )
     after = commit(root)
     return "the code is up to date" if before == after else f"code updated from {str(before)[:9]} to {str(after)[:9]}"
 
