@@ -313,6 +313,8 @@ def _with_headers(send: Send, foreign: str | None) -> Send:
             given = [(k, v) for k, v in message.get("headers", ()) if not k.lower().startswith(b"access-control-")]
             names = {k.lower() for k, _ in given} & _OURS
             extra = [pair for pair in SECURITY_HEADERS if pair[0] not in names]
+            if message["status"] in (408, 413) and not any(k.lower() == b"connection" for k, _ in given):
+                extra.append((b"connection", b"close"))  # the rest of the body is not read
             if foreign:
                 extra += [(b"access-control-allow-origin", foreign.encode("latin-1")), (b"vary", b"Origin")]
             message = {**message, "headers": [*given, *extra]}
