@@ -52,7 +52,8 @@ def _stories(name: str) -> Callable[[], Path | None]:
 
 def _bundled(name: str) -> Callable[[], Path | None]:
     path = ROOT / "models" / name
-    return lambda: path if path.exists() else None
+    content = path if path.suffix else path / "config.json"
+    return lambda: path if content.is_file() else None
 
 
 _STORIES = "the data folder ../shared (stories260K)"
