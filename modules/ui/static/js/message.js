@@ -1,7 +1,7 @@
 // One message on the page: its text, its actions, its receipt, its error card.
 
 import { decorate } from './decorate.js';
-import { bytes, copyText, h } from './dom.js';
+import { copyText, h } from './dom.js';
 import { icon } from './icons.js';
 import { fragment } from './markdown.js';
 import { receiptLine, receiptWarnings, showReceipt } from './receipt.js';
@@ -114,7 +114,6 @@ export class MessageView {
     const cause = [
       detail.signal ? `signal ${detail.signal}` : null,
       detail.exit_code !== undefined && detail.exit_code !== null ? `exit code ${detail.exit_code}` : null,
-      detail.memory_bytes ? bytes(detail.memory_bytes) : null,
     ].filter(Boolean);
     const lines = Array.isArray(tail) ? tail.join('\n') : String(tail);
     return h(
