@@ -240,8 +240,6 @@ class Guard:
             response.headers["Retry-After"] = "2"
         if isinstance(error, Unauthorized):
             response.headers["WWW-Authenticate"] = "Bearer"
-        if headers.has_body:
-            response.headers["Connection"] = "close"  # the rest of the body is not read
         await response(scope, receive, _with_headers(send, foreign))
 
 
@@ -313,8 +311,6 @@ def _with_headers(send: Send, foreign: str | None) -> Send:
             given = [(k, v) for k, v in message.get("headers", ()) if not k.lower().startswith(b"access-control-")]
             names = {k.lower() for k, _ in given} & _OURS
             extra = [pair for pair in SECURITY_HEADERS if pair[0] not in names]
-            if message["status"] in (408, 413) and not any(k.lower() == b"connection" for k, _ in given):
-                extra.append((b"connection", b"close"))  # the rest of the body is not read
             if foreign:
                 extra += [(b"access-control-allow-origin", foreign.encode("latin-1")), (b"vary", b"Origin")]
             message = {**message, "headers": [*given, *extra]}
