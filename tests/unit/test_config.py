@@ -16,12 +16,12 @@ from modules.config import (
     normalise,
     parse,
     parse_cmd_flags,
-    sample_file,
     server_options,
     split_command,
 )
 from modules.errors import ConfigError
 from modules.foreign_flags import FOREIGN_FLAGS
+from modules.options import sample_file
 from modules.registry import discover
 from tests.conftest import ROOT
 
