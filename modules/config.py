@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import ConfigError
-from modules.foreign_flags import FOREIGN_FLAGS
+from modules.foreign_flags import FOREIGN_FLAGS, TRANSLATED
 from modules.options import ROOT as ROOT
 from modules.options import Formatter, Kind, Option, Parser, add_options, build_parser, sample_file
 
@@ -238,7 +238,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None, root: P
     loader_rows = loader_option_rows()
     known = {flag for row in (*rows, *loader_rows) for flag in row.flags()}
     words = normalise(argv)
-    line, warnings = drop_foreign_flags([*normalise(read_cmd_flags(root, words)), *words], known)
+    line, warnings = adopt_foreign_flags([*normalise(read_cmd_flags(root, words)), *words], known)
     command, before, after = split_command(line)
     parser = build_parser([*rows, *loader_rows])
     _list_commands(parser)
@@ -355,24 +355,36 @@ def parse_cmd_flags(text: str, name: str = "CMD_FLAGS.txt") -> list[str]:
         raise ConfigError(f"{name}: {error}.", hint="Check its quotes.") from error
 
 
-def drop_foreign_flags(line: Sequence[str], known: set[str]) -> tuple[list[str], list[str]]:
-    """The line without flags of text-generation-webui that mean nothing here, and one line of warning for each."""
+def adopt_foreign_flags(line: Sequence[str], known: set[str]) -> tuple[list[str], list[str]]:
+    """The line with text-generation-webui's flags turned into ours where they mean the same; the others are left out, with
+    one line of warning for each."""
     kept: list[str] = []
     warnings: list[str] = []
     words = list(line)
     while words:
         word = words.pop(0)
-        flag = word.partition("=")[0]
-        why = None if flag in known else FOREIGN_FLAGS.get(flag)
-        if why is None:
+        flag, equals, value = word.partition("=")
+        why = FOREIGN_FLAGS.get(flag)
+        if flag in known or (flag not in TRANSLATED and why is None):
             kept.append(word)
-            continue
-        warnings.append(f"{flag} is ignored: {why.reason}")
-        while why.takes_values and "=" not in word and words and not words[0].startswith("--") and words[0] not in COMMANDS:
-            words.pop(0)
-            if why.takes_values == 1:
-                break
+        elif flag in TRANSLATED:
+            template = TRANSLATED[flag]
+            if "{}" in template and not equals:
+                value = words.pop(0) if words else ""
+            kept += [part.replace("{}", value) for part in template]
+        elif why is not None:
+            warnings.append(f"{flag} is ignored: {why.reason}")
+            if not equals:
+                _drop_values(words, why.takes_values)
     return kept, warnings
+
+
+def _drop_values(words: list[str], most: int) -> None:
+    """Remove the values of a flag that was left out; the next flag or subcommand is none."""
+    for _ in range(1 if most == 1 else len(words) if most else 0):
+        if not words or words[0].startswith("--") or words[0] in COMMANDS:
+            return
+        words.pop(0)
 
 
 def _merge(given: dict[str, Any], environ: Mapping[str, str], rows: list[Option], loader_rows: list[Option]) -> dict[str, Any]:
