@@ -1,7 +1,7 @@
 """A text from the bundled model's own recipe (stories, questions and answers): no corpus, so free of other people's licences.
 
-`python benchmarks/sample_text.py --seed 1 > modules/quantize/calibration.txt` made the bundled calibration sample; other seeds give
-held-out text for perplexity.
+`python benchmarks/sample_text.py --seed 1 > modules/quantize/calibration.txt` made the bundled calibration sample; other seeds
+give held-out text for perplexity.
 """
 
 from __future__ import annotations

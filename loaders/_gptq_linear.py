@@ -10,13 +10,16 @@ triton  CUDA (_gptq_triton).
 from __future__ import annotations
 
 from functools import cache
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from loaders._gptq_tensors import Unpacked
 from modules.quantize._packing import pack_rows
+
+if TYPE_CHECKING:
+    from loaders._gptq_tensors import Unpacked
 
 _GROUPS = (256, 128, 64, 32)
 # Rows from which dequantising once and multiplying is faster than the int4 op, by the instructions the matrix product has.

@@ -1,5 +1,5 @@
-"""Reads a GPTQ checkpoint for `loaders.gptq_for_llama`: the model's skeleton from config.json, the plain tensors, and a kernel for
-each packed layer. The packed layers are those that the file holds."""
+"""Reads a GPTQ checkpoint for `loaders.gptq_for_llama`: the model's skeleton from config.json, the plain tensors, and a kernel
+for each packed layer. The packed layers are those that the file holds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,16 @@ from loaders._gptq_linear import DenseLinear, GptqLinear, Int4Linear, UnpackLine
 from loaders._gptq_tensors import Unpacked, unpack
 from loaders._hf_text import TextCodec
 from modules.detect.draft import folder_files, read_json
-from modules.detect.safetensors_header import Tensor as Entry
 from modules.detect.sniff import no_model, sniff
 from modules.detect.weights import find_weights, read_safetensors
-from modules.engine import Progress
 from modules.errors import AppError, CorruptModel, IncompatibleModel, UnsafeModel
+from modules.quantize._names import names_on_disk
 from modules.quantize.layout import LayerLayout, read_layouts
 from modules.schema import LoadProgress, ModelInfo, Quantization
+
+if TYPE_CHECKING:
+    from modules.detect.safetensors_header import Tensor as Entry
+    from modules.engine import Progress
 
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 _QUANT_FILES = ("quantize_config.json", "quant_config.json")
@@ -128,14 +131,14 @@ def skeleton(config: Any) -> Any:
 
 def fill(model: Any, checkpoint: Checkpoint, device: torch.device, kernel: str, progress: Progress) -> Counter[str]:
     """Put every tensor of the checkpoint into the model; returns how many layers each kernel runs."""
-    prefix = model.base_model_prefix + "."
+    packed = ".qweight"
+    plain = [key.removesuffix(packed) + ".weight" if key.endswith(packed) else key for key in checkpoint.entries]
+    keys = names_on_disk(model, plain)
+    where = {key.removesuffix(".weight"): name.removesuffix(".weight") for name, key in keys.items() if name.endswith(".weight")}
     modules = dict(model.named_modules())
 
     def module_of(stem: str) -> nn.Module | None:
-        for name in (stem, prefix + stem, stem.removeprefix(prefix)):
-            if name in modules:
-                return modules[name]
-        return None
+        return modules.get(where.get(stem, ""))
 
     def width(stem: str) -> int | None:
         found = module_of(stem)
@@ -152,7 +155,6 @@ def fill(model: Any, checkpoint: Checkpoint, device: torch.device, kernel: str, 
     sym = checkpoint.settings.get("sym")
     choose = Chooser(kernel, device, layouts)
     used: Counter[str] = Counter()
-    names = {id(module): name for name, module in modules.items()}
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     for number, layout in enumerate(layouts.values()):
         progress(LoadProgress("Unpacking layers", number / len(layouts)))
@@ -165,20 +167,21 @@ def fill(model: Any, checkpoint: Checkpoint, device: torch.device, kernel: str, 
             )
         new = choose(unpack(layout, read, sym if isinstance(sym, bool) else None)).to(device)
         used[new.kernel] += 1
-        model.set_submodule(names[id(old)], new)
+        model.set_submodule(where[layout.name], new)
     progress(LoadProgress("Reading the other tensors", 1.0))
-    _fill_plain(model, checkpoint, read, device, dtype)
+    _fill_plain(model, keys, read, device, dtype)
     return used
 
 
-def _fill_plain(model: Any, checkpoint: Checkpoint, read: Callable[[str], Tensor], device: torch.device, dtype: torch.dtype) -> None:
-    prefix = model.base_model_prefix + "."
+def _fill_plain(
+    model: Any, keys: dict[str, str], read: Callable[[str], Tensor], device: torch.device, dtype: torch.dtype
+) -> None:
     model.tie_weights()
     output = model.get_output_embeddings()
     for name, parameter in list(model.named_parameters()):
-        keys = (name, name.removeprefix(prefix), prefix + name)
-        key = next((k for k in keys if k in checkpoint.entries), None)
-        if key is None and output is not None and parameter is getattr(output, "weight", None):
+        key = keys.get(name)
+        tied = bool(model.config.get_text_config(decoder=True).tie_word_embeddings)
+        if key is None and tied and output is not None and parameter is getattr(output, "weight", None):
             output.weight = nn.Parameter(model.get_input_embeddings().weight.detach(), requires_grad=False)
             continue
         if key is None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from modules.errors import CorruptModel
 from modules.quantize._packing import unpack_rows, unpack_zeros
-from modules.quantize.layout import LayerLayout
+
+if TYPE_CHECKING:
+    from modules.quantize.layout import LayerLayout
 
 
 @dataclass

@@ -7,14 +7,16 @@ GPU: on first use the result is compared with the exact product, and a kernel th
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from loaders._gptq_linear import GptqLinear, UnpackLinear
-from loaders._gptq_tensors import Unpacked
 from modules.quantize._packing import pack_rows
+
+if TYPE_CHECKING:
+    from loaders._gptq_tensors import Unpacked
 
 _BLOCK_N = 64
 _TOLERANCE = 0.02

@@ -1,17 +1,19 @@
 """GPTQ-for-LLaMA: the product's own runtime for GPTQ checkpoints of every age and width, on any architecture of Transformers.
 
-This module is the spec and the thin engine; `_gptq_load` reads the checkpoint, `_gptq_linear` holds the kernels, and the Transformers
-loader's `_hf_generate` runs the model.
+This module is the spec and the thin engine; `_gptq_load` reads the checkpoint, `_gptq_linear` holds the kernels, and the
+Transformers loader's `_hf_generate` runs the model.
 """
 
 from __future__ import annotations
 
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loaders import transformers as hf
-from modules.engine import Progress
 from modules.schema import LoaderSpec, ModelInfo, OptionSpec
+
+if TYPE_CHECKING:
+    from modules.engine import Progress
 
 SPEC = LoaderSpec(
     name="gptq_for_llama",

@@ -12,6 +12,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,10 +53,7 @@ class Source:
 
     @property
     def size(self) -> int:
-        count = self.dtype.itemsize
-        for side in self.shape:
-            count *= side
-        return count
+        return int(self.dtype.itemsize) * prod(self.shape)
 
 
 def layer_tensors(name: str, layer: QuantizedLayer, bias: Tensor | None, bits: int) -> dict[str, Tensor]:
@@ -81,7 +79,11 @@ def write_safetensors(path: Path, sources: Iterable[Source]) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for item in items:
-        header[item.name] = {"dtype": _DTYPES[item.dtype], "shape": list(item.shape), "data_offsets": [offset, offset + item.size]}
+        header[item.name] = {
+            "dtype": _DTYPES[item.dtype],
+            "shape": list(item.shape),
+            "data_offsets": [offset, offset + item.size],
+        }
         offset += item.size
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)

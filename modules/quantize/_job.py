@@ -198,9 +198,7 @@ class _Run:
             else:
                 self._finish(index, block, self._quantize(index, block, hidden))
             if hidden is not None and index + 1 < count:
-                hidden.batches = [
-                    tree.run_block(block, batch, hidden.arguments[len(batch)][index]) for batch in hidden.batches
-                ]
+                hidden.batches = [tree.run_block(block, batch, hidden.arguments[len(batch)][index]) for batch in hidden.batches]
             self._base.empty(block)
 
     def _first_inputs(self) -> _Hidden:

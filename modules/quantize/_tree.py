@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from modules.errors import IncompatibleModel
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from torch import Tensor
-
 
 
 class StopForward(Exception):
@@ -67,12 +65,12 @@ def linears(block: nn.Module) -> dict[str, nn.Module]:
 
 def weight_in_out(module: nn.Module) -> Tensor:
     """The weight as [in, out]."""
-    weight: Tensor = module.weight.data  # type: ignore[assignment,union-attr]
+    weight: Tensor = module.weight.data
     return weight if is_conv1d(module) else weight.T
 
 
 def set_weight_in_out(module: nn.Module, weight: Tensor) -> None:
-    old: Tensor = module.weight.data  # type: ignore[assignment,union-attr]
+    old: Tensor = module.weight.data
     old.copy_(weight if is_conv1d(module) else weight.T)
 
 
@@ -87,7 +85,7 @@ class Arguments:
     named: dict[str, Any] = field(default_factory=dict)
 
 
-class _Recorder(nn.Module):
+class _Recorder(nn.Module):  # type: ignore[misc]  # torch is not in mypy's environment
     """Stands in for a block: keeps its arguments and hands the hidden states on in the form the real block returns."""
 
     def __init__(self, block: nn.Module, seen: list[tuple[Tensor, Arguments]], form: Callable[[Tensor], Any]) -> None:

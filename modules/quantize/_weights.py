@@ -14,6 +14,7 @@ from modules.detect.draft import Draft, folder_files
 from modules.detect.hf_folder import examine_folder
 from modules.detect.weights import find_weights, read_safetensors
 from modules.errors import CorruptModel, IncompatibleModel
+from modules.quantize._names import names_on_disk
 
 if TYPE_CHECKING:
     from modules.detect.safetensors_header import Tensor as Entry
@@ -38,17 +39,13 @@ class BaseModel:
             header = read_safetensors(folder / name)
             self.entries.update({tensor: (folder / name, entry) for tensor, entry in header.tensors.items()})
         self.model = _skeleton(folder)
-        self._prefix = self.model.base_model_prefix
+        self._keys = names_on_disk(self.model, self.entries)
         self._open: dict[Path, Any] = {}
         self._check_names()
 
     def key_of(self, parameter: str) -> str | None:
-        """A parameter's name on disk: as it is, or without or with the inner model's prefix; None when it is not there."""
-        prefix = self._prefix + "."
-        for name in (parameter, parameter.removeprefix(prefix), prefix + parameter):
-            if name in self.entries:
-                return name
-        return None
+        """A parameter's name on disk; None when it is not there."""
+        return self._keys.get(parameter)
 
     def read(self, key: str) -> torch.Tensor:
         """One tensor from disk. Raises CorruptModel when it holds NaN or infinity."""
@@ -72,7 +69,9 @@ class BaseModel:
         """Read what the first block's input needs: all that is outside the list called `blocks`, but for the output layer."""
         output = self.model.get_output_embeddings()
         for name, parameter in list(self.model.named_parameters()):
-            if not name.startswith(blocks + ".") and (output is None or parameter is not output.weight or self._is_input(parameter)):
+            if not name.startswith(blocks + ".") and (
+                output is None or parameter is not output.weight or self._is_input(parameter)
+            ):
                 self._fill_one(self.model, name, name, parameter, device, dtype)
         _move_buffers(self.model, device)
 

@@ -73,7 +73,9 @@ def _typed(error: Exception) -> AppError:
             "The disk is full.", hint="Make room and run the same command again: it goes on from the last finished block."
         )
     if isinstance(error, OSError):
-        return StorageError(f"A file could not be read or written: {error.strerror or error}.", hint="Check disk and permissions.")
+        return StorageError(
+            f"A file could not be read or written: {error.strerror or error}.", hint="Check disk and permissions."
+        )
     return LoadError(f"Quantising failed: {text[:400] or type(error).__name__}.", hint="Report it with the log if it stays.")
 
 

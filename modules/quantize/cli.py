@@ -49,7 +49,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--nsamples", type=int, default=defaults.nsamples, help="windows of calibration text (%(default)s)")
     parser.add_argument("--seqlen", type=int, default=defaults.seqlen, help="tokens per window (%(default)s)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write; default: NAME-GPTQ-4bit-128g in the model folder")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder to write; default: NAME-GPTQ-4bit-128g in the model folder"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
     parser.add_argument("--restart", action="store_true", help="forget what an interrupted run left")
@@ -95,9 +97,8 @@ async def _quantize(args: argparse.Namespace, config: Any) -> None:
     out = args.out.expanduser().resolve() if args.out else default_out(base, settings, Path(config.model_dir))
     job = QuantizeJob(base, out, settings, args.device, resume=not args.restart, overwrite=args.overwrite)
     done = await quantize(job, print_event)
-    print(
-        f"{done.path} ({done.size_bytes / 1e6:,.1f} MB, {done.layers} layers, mean loss {done.mean_loss:.2e}, {done.seconds:.0f} s)"
-    )
+    size = f"{done.size_bytes / 1e6:,.1f} MB"
+    print(f"{done.path} ({size}, {done.layers} layers, mean loss {done.mean_loss:.2e}, {done.seconds:.0f} s)")
 
 
 def _check_source(model: ModelFiles) -> None:
@@ -105,14 +106,15 @@ def _check_source(model: ModelFiles) -> None:
         raise IncompatibleModel(model.problem)
     if model.format != "hf" or model.quantization:
         raise IncompatibleModel(
-            f"{model.id} is no plain Hugging Face folder.", hint="Quantise from the original model's safetensors in 16 or 32 bits."
+            f"{model.id} is no plain Hugging Face folder.",
+            hint="Quantise from the original model's safetensors in 16 or 32 bits.",
         )
 
 
 def print_event(event: dict[str, Any]) -> None:
     if "layer" in event:
-        left = f"{event['eta_s']:.0f} s left"
-        print(f"{event['fraction']:4.0%}  block {event['block']}/{event['blocks']}  {event['layer']:<28} loss {event['loss']:.2e}  {left}")
+        place = f"block {event['block']}/{event['blocks']}  {event['layer']:<28}"
+        print(f"{event['fraction']:4.0%}  {place} loss {event['loss']:.2e}  {event['eta_s']:.0f} s left")
     elif "note" in event:
         print(f"      {event['note']}")
     elif "stage" in event:
