@@ -5,6 +5,7 @@ python tests/quantize_lab.py FOLDER EXPERIMENT...     prints one line of JSON: {
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
@@ -16,8 +17,6 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-
-import contextlib
 
 from loaders import _gptq_linear as kernels  # noqa: E402
 from loaders._gptq_tensors import Unpacked  # noqa: E402
@@ -497,7 +496,35 @@ def trained(folder: Path) -> Any:
             out = folder / f"trained-{method}-{bits}"
             quantize(base, out, bits=bits, group_size=32, method=method, nsamples=64, seqlen=CONTEXT)
             results[f"{method}{bits}"] = perplexity(run_checkpoint(out, "dense").model, held_out)
+    checkpoint = folder / "trained-gptq-4"
+    results["int4 kernel"] = perplexity(run_checkpoint(checkpoint, "int4").model, held_out)
+    results["greedy"] = greedy(reference(base, checkpoint), checkpoint)
     return results
+
+
+def greedy(judge: Any, checkpoint: Path) -> dict[str, list[bool]]:
+    """Whether each kernel's greedy tokens are the reference's, by transformers' own generate(); one per prompt."""
+    from loaders.gptq_for_llama import SPEC, GptqEngine
+    from modules.engine import CancelToken
+    from modules.schema import GenerationRequest, StopParams, TokenEvent
+
+    prompts = ("Once upon a time", "user\nWhat is", "The dog was", "Tom and his")
+    same: dict[str, list[bool]] = {}
+    for kernel in ("dense", "unpack", "int4"):
+        engine = GptqEngine()
+        engine.load(str(checkpoint), {o.name: o.default for o in SPEC.options} | {"kernel": kernel}, lambda _: None)
+        for prompt in prompts:
+            ids = engine.encode(prompt, add_special=False)
+            with torch.inference_mode():
+                wanted = judge.generate(
+                    torch.tensor([ids]), max_new_tokens=40, min_new_tokens=40, do_sample=False, pad_token_id=2
+                )[0, len(ids) :].tolist()
+            request = GenerationRequest(
+                "r", token_ids=tuple(ids), sampling={"temperature": 0.0}, stop=StopParams(40, min_tokens=40, ignore_eos=True)
+            )
+            events = [e for e in engine.generate(request, CancelToken()) if isinstance(e, TokenEvent)]
+            same.setdefault(kernel, []).append([i for e in events for i in e.token_ids] == wanted)
+    return same
 
 
 EXPERIMENTS = {

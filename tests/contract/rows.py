@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import atexit
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from modules.overlays import Overlays
+from modules.quantize.process import QuantizeJob, default_out, quantize
+from modules.quantize.settings import QuantizeSettings
 from modules.registry import discover
 from tests.conftest import ROOT, shared_data
-
-if TYPE_CHECKING:
-    from modules.overlays import Overlays
 
 STORY = "Once upon a time"
 
@@ -54,6 +59,23 @@ def _bundled(name: str) -> Callable[[], Path | None]:
     return lambda: path if path.exists() else None
 
 
+@cache
+def _gptq_checkpoint(base: Path, settings: QuantizeSettings) -> Path:
+    """A GPTQ checkpoint of `base`, made once in this test session and removed at its end."""
+    folder = Path(tempfile.mkdtemp(prefix="switchyard-gptq-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    job = QuantizeJob(base, default_out(base, settings, folder), settings, device="cpu", threads=1)
+    return asyncio.run(quantize(job, lambda _: None, Overlays.find(ROOT))).path
+
+
+def _gptq(name: str, **settings: Any) -> Callable[[], Path | None]:
+    def make() -> Path | None:
+        base = _bundled(name)()
+        return None if base is None else _gptq_checkpoint(base, QuantizeSettings(nsamples=8, seqlen=256, **settings))
+
+    return make
+
+
 _STORIES = "the data folder ../shared (stories260K)"
 _WREN = "the bundled model"
 
@@ -65,4 +87,7 @@ ROWS = (
     Row("llama_cpp-stories", "llamacpp", _stories("stories260K-f32.gguf"), {"engine": "llama_cpp"}, _STORIES, "llama_cpp"),
     Row("xllamacpp-wren", "llamacpp", _bundled("wren-6m-gguf/wren-6m-F16.gguf"), {"engine": "xllamacpp"}, _WREN, "xllamacpp"),
     Row("xllamacpp-stories", "llamacpp", _stories("stories260K-f32.gguf"), {"engine": "xllamacpp"}, _STORIES, "xllamacpp"),
+    Row("gptq-wren", "gptq_for_llama", _gptq("wren-6m", bits=4, group_size=128), needs=_WREN),
+    Row("gptq-wren-int4", "gptq_for_llama", _gptq("wren-6m", bits=4, group_size=64, desc_act=True), {"kernel": "int4"}, _WREN),
+    Row("gptq-wren-3bit", "gptq_for_llama", _gptq("wren-6m", bits=3, group_size=64, sym=False), {"kernel": "int4"}, _WREN),
 )

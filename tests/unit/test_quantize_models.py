@@ -130,6 +130,14 @@ def test_perplexity_is_ordered_on_a_trained_model(lab: Lab) -> None:
     assert ppl["gptq3"] - ppl["fp"] <= 0.5 * (ppl["rtn3"] - ppl["fp"])
 
 
+@pytest.mark.slow
+def test_the_same_greedy_text_as_the_dequantised_reference(lab: Lab) -> None:
+    """Exact kernels: token for token what transformers' generate() gives. int4 (bfloat16): perplexity within 1 %."""
+    found = lab("trained")
+    assert all(found["greedy"]["dense"]) and all(found["greedy"]["unpack"])
+    assert found["int4 kernel"] == pytest.approx(found["gptq4"], rel=0.01)
+
+
 def test_an_interrupted_run_goes_on(lab: Lab) -> None:
     found = lab("interrupted")
     assert not found["visible"], "nothing half-made has the model's name"
