@@ -150,6 +150,8 @@ class Launch:
     def _become(command: list[str]) -> int:
         os.chdir(ROOT)
         os.environ["PYTHONUTF8"] = "1"
+        # Byte code was left to the first import (Installer.pip_install): it must be written then.
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
         if sys.platform == "win32":
             # exec on Windows would give the prompt back while the server runs.
             return subprocess.run(command, check=False).returncode

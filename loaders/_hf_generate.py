@@ -5,15 +5,18 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from loaders._hf_load import Loaded, is_out_of_memory
+from loaders._process import peak_memory
 from modules.assemble import TokenAssembler
 from modules.detokenize import WindowDetokenizer
-from modules.engine import CancelToken
 from modules.errors import ContextLengthExceeded, GenerateOutOfMemory, GenerationFailed, InvalidParameter
 from modules.samplers import SamplerChain, new_seed, token_logprob
 from modules.schema import Done, Event, GenerationRequest, PrefillProgress, Timings, TokenEvent, TokenLogprob, Usage
+
+if TYPE_CHECKING:
+    from modules.engine import CancelToken
 
 _SHORTER = "Shorten the prompt, or load the model with a larger context."
 
@@ -119,7 +122,8 @@ class HfRunner:
         first = last = 0.0
         try:
             logits = None
-            for done, logits in self._prefill(ids, cached, cancel):
+            for done, rows in self._prefill(ids, cached, cancel):
+                logits = rows
                 yield PrefillProgress(request.request_id, done, len(ids))
             if request.echo:
                 yield self._echo(request, ids)
@@ -319,13 +323,8 @@ class HfRunner:
     def _peak_memory(self) -> int | None:
         torch = self._torch
         if not self._on_cpu and torch.cuda.is_available():
-            return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
-        try:
-            import resource
-        except ImportError:  # Windows
-            return None
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
+            return int(sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())))
+        return peak_memory()
 
     def _raise_typed(self, error: Exception) -> NoReturn:
         """Raise the product's error for what torch raised; anything unknown as it is."""

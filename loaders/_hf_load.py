@@ -9,11 +9,10 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loaders._hf_text import TextCodec
 from modules.detect.config_keys import CONFIG_FILES, refuse_code
-from modules.engine import Progress
 from modules.errors import (
     AppError,
     BackendUnavailable,
@@ -22,15 +21,18 @@ from modules.errors import (
     InvalidParameter,
     LoadError,
     LoadOutOfMemory,
-    ModelNotFound,
     UnsafeModel,
 )
 from modules.schema import LoadProgress, ModelInfo, Quantization
+
+if TYPE_CHECKING:
+    from modules.engine import Progress
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 # Markers that end a turn in common chat templates; a template that writes one ends its answers with it.
 _END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<turn|>", "<|endoftext|>", "</s>", "<|eot|>")
 _DEFAULT_CONTEXT = 4096
+_GIB = 1 << 30
 _SMALLER = "Choose a smaller model, load_in_4bit, or a GGUF quantisation of it."
 
 
@@ -59,9 +61,11 @@ def load(path: str, options: dict[str, Any], progress: Progress) -> Loaded:
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     with _typed_errors(config_json):
-        progress(LoadProgress("Reading the tokenizer"))
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust, local_files_only=True)
         config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust, local_files_only=True)
+    progress(LoadProgress("Reading the tokenizer"))
+    with _typed_errors(config_json, "The tokenizer can't be read"):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust, local_files_only=True)
+    with _typed_errors(config_json):
         arguments = native_options(options, folder, config, torch)
         progress(LoadProgress("Reading weights", 0.0))
         previous = transformers.utils.logging.set_tqdm_hook(_progress_hook(progress))
@@ -99,9 +103,11 @@ def load(path: str, options: dict[str, Any], progress: Progress) -> Loaded:
 def check_folder(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     """config.json, after the checks that need no library: files present, no code to run, no pickles."""
     if not folder.exists():
-        raise ModelNotLoadable(f"There is nothing at {folder}.")
+        raise LoadError(f"There is nothing at {folder}.", hint="Refresh the model list: it was moved or deleted.")
     if not (folder / "config.json").is_file():
-        raise CorruptModel(f"{folder.name} has no config.json.", hint="Point at the folder that holds config.json and *.safetensors.")
+        raise CorruptModel(
+            f"{folder.name} has no config.json.", hint="Point at the folder that holds config.json and *.safetensors."
+        )
     config: dict[str, Any] = {}
     for name in CONFIG_FILES:
         if not (folder / name).is_file():
@@ -126,13 +132,6 @@ def check_folder(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
     if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
         raise CorruptModel(f"{folder.name} has no tokenizer.", hint="Add tokenizer.json from where the model came from.")
     return config
-
-
-class ModelNotLoadable(LoadError):
-    """The path leads nowhere; the code is the one clients know."""
-
-    code = ModelNotFound.code
-    http_status = 404
 
 
 def check_report(report: dict[str, Any]) -> None:
@@ -180,18 +179,18 @@ def native_options(options: dict[str, Any], folder: Path, config: Any, torch: An
     return arguments
 
 
-def max_memory(gpu: str, cpu_gib: float, gpus: int) -> dict[int | str, str]:
-    """accelerate's max_memory from "10,8" and a number of GiB; empty when nothing is limited."""
-    limits: dict[int | str, str] = {}
+def max_memory(gpu: str, cpu_gib: float, gpus: int) -> dict[int | str, int]:
+    """accelerate's max_memory in bytes, from "10,8" and a number of GiB; empty when nothing is limited."""
+    limits: dict[int | str, int] = {}
     parts = [part.strip() for part in gpu.split(",") if part.strip()]
     for index, part in enumerate(parts[:gpus]):
         if not re.fullmatch(r"\d+(\.\d+)?", part):
             raise InvalidParameter(f"gpu_memory holds {part!r}; it is GiB per GPU, such as 10,8.", param="gpu_memory")
-        limits[index] = f"{int(float(part) * 1024)}MiB"
+        limits[index] = int(float(part) * _GIB)
     if cpu_gib:
-        limits["cpu"] = f"{max(int(cpu_gib * 1024), 1)}MiB"
+        limits["cpu"] = int(cpu_gib * _GIB)
         if gpus and not parts:
-            limits |= {index: "1024GiB" for index in range(gpus)}
+            limits |= dict.fromkeys(range(gpus), 1024 * _GIB)
     return limits
 
 
@@ -359,7 +358,14 @@ def _input_device(model: Any, torch: Any) -> Any:
 
 
 def _describe(
-    path: str, options: dict[str, Any], model: Any, tokenizer: Any, config: Any, eos_ids: frozenset[int], notes: tuple[str, ...], torch: Any
+    path: str,
+    options: dict[str, Any],
+    model: Any,
+    tokenizer: Any,
+    config: Any,
+    eos_ids: frozenset[int],
+    notes: tuple[str, ...],
+    torch: Any,
 ) -> ModelInfo:
     text_config = config.get_text_config(decoder=True)
     trained = int(getattr(text_config, "max_position_embeddings", 0) or _DEFAULT_CONTEXT)
@@ -409,8 +415,8 @@ def _device_shares(model: Any) -> dict[str, float]:
 class _typed_errors:
     """Context: what transformers, accelerate and torch raise while loading, as LoadError's subclasses."""
 
-    def __init__(self, config: dict[str, Any]) -> None:
-        self._config = config
+    def __init__(self, config: dict[str, Any], what: str = "config.json and the library do not agree") -> None:
+        self._config, self._what = config, what
 
     def __enter__(self) -> None:
         return None
@@ -420,16 +426,20 @@ class _typed_errors:
             import traceback
 
             traceback.print_exception(error)
-            raise typed(error, self._config) from error
+            raise typed(error, self._config, self._what) from error
 
 
-def typed(error: Exception, config: dict[str, Any]) -> AppError:
-    """The typed form of a loading failure."""
+def typed(error: Exception, config: dict[str, Any], what: str) -> AppError:
+    """The typed form of a loading failure; `what` begins the sentence for content that makes the library stumble."""
     text = _one_line(error)
     kind = type(error).__name__
     if is_out_of_memory(error):
         return LoadOutOfMemory("The memory is too small for this model.", hint=_SMALLER)
-    if "does not recognize this architecture" in text or "Unrecognized configuration class" in text or "Unrecognized model" in text:
+    if (
+        "does not recognize this architecture" in text
+        or "Unrecognized configuration class" in text
+        or "Unrecognized model" in text
+    ):
         name = config.get("model_type") or (config.get("architectures") or ["unknown"])[0]
         return IncompatibleModel(
             f"This version of Transformers has no text-generating architecture {name!r}.",
@@ -439,10 +449,10 @@ def typed(error: Exception, config: dict[str, Any]) -> AppError:
         return BackendUnavailable(f"A package is missing: {text}.", hint="Install the Transformers set again.")
     if "Safetensor" in kind or "header" in text.lower():
         return CorruptModel(f"The weights can't be read: {text}.", hint="Download the file again.")
-    if "okenizer" in text or "ModelWrapper" in text or "vocab" in text:
-        return CorruptModel(f"The tokenizer can't be read: {text}.", hint="Get tokenizer.json from where the model came from again.")
     if isinstance(error, (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError)):
-        return CorruptModel(f"config.json and the library do not agree: {kind}: {text}.", hint="Get config.json again.")
+        return CorruptModel(f"{what}: {kind}: {text}.", hint="Get the file again from where the model came from.")
+    if "okenizer" in what:
+        return CorruptModel(f"{what}: {text}.", hint="Get tokenizer.json again from where the model came from.")
     return LoadError(f"Transformers could not load the model: {text}.", hint="The log has the details.")
 
 

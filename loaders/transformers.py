@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from modules import sampling as table
 from modules.engine import CancelToken, Engine, Progress
+from modules.errors import UnsupportedParameter
 from modules.schema import Event, GenerationRequest, LoaderSpec, ModelInfo, OptionSpec
 
 if TYPE_CHECKING:
@@ -55,7 +56,9 @@ SPEC = LoaderSpec(
         OptionSpec("load_in_8bit", "bool", False, "Quantise to 8 bits while loading (bitsandbytes).", aliases=("load-in-8bit",)),
         OptionSpec("load_in_4bit", "bool", False, "Quantise to 4 bits while loading (bitsandbytes).", aliases=("load-in-4bit",)),
         OptionSpec("quant_type", "choice", "nf4", "4-bit number format.", choices=("nf4", "fp4"), advanced=True),
-        OptionSpec("use_double_quant", "bool", False, "4-bit: quantise the scales, too (saves 0.4 bits a weight).", advanced=True),
+        OptionSpec(
+            "use_double_quant", "bool", False, "4-bit: quantise the scales, too (saves 0.4 bits a weight).", advanced=True
+        ),
         OptionSpec(
             "compute_dtype",
             "choice",
@@ -73,12 +76,16 @@ SPEC = LoaderSpec(
             choices=("auto", "balanced", "balanced_low_0", "sequential"),
             advanced=True,
         ),
-        OptionSpec("gpu_memory", "str", "", "GiB of weights per GPU, separated by commas: 10,8. Empty: what is free.", advanced=True),
+        OptionSpec(
+            "gpu_memory", "str", "", "GiB of weights per GPU, separated by commas: 10,8. Empty: what is free.", advanced=True
+        ),
         OptionSpec("cpu_memory", "float", 0.0, "GiB of weights in main memory; 0 is what is free.", minimum=0, advanced=True),
         OptionSpec("disk", "bool", False, "Keep what does not fit on disk (slow).", advanced=True),
         OptionSpec("disk_cache_dir", "path", "", "Folder for the weights kept on disk; empty is a temporary one.", advanced=True),
         OptionSpec("lora", "paths", (), "LoRA adapters (PEFT folders)."),
-        OptionSpec("lora_weights", "str", "", "One weight per adapter, separated by commas: 1,0.5. Empty: 1 each.", advanced=True),
+        OptionSpec(
+            "lora_weights", "str", "", "One weight per adapter, separated by commas: 1,0.5. Empty: 1 each.", advanced=True
+        ),
         OptionSpec(
             "attn_implementation",
             "choice",
@@ -154,10 +161,18 @@ class TransformersEngine(Engine):
         return self._runner
 
     def generate(self, request: GenerationRequest, cancel: CancelToken) -> Iterator[Event | None]:
+        for name in ("grammar", "json_schema", "regex"):
+            if getattr(request, name) is not None:
+                raise UnsupportedParameter(
+                    f"{SPEC.title} can't hold an answer to a {name}.",
+                    hint="Use the model's GGUF form with llama.cpp.",
+                    param=name,
+                )
         native = to_native(request.sampling)
         if "generate" in native:
-            return self.runner.beam_search(request, cancel, native["generate"], native["ignored"])
-        return self.runner.generate(request, cancel, native["sampler"], native["ignored"])
+            yield from self.runner.beam_search(request, cancel, native["generate"], native["ignored"])
+        else:
+            yield from self.runner.generate(request, cancel, native["sampler"], native["ignored"])
 
     def encode(self, text: str, add_special: bool) -> list[int]:
         return self.runner.text.encode(text, add_special)

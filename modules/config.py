@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import importlib
 import ipaddress
 import os
 import shlex
@@ -75,6 +76,12 @@ class Config:
     lora_dir: Path = _option(ROOT / "loras", "Folder with LoRA adapters.", "Models", metavar="DIR")
     idle_timeout: float = _option(0.0, "Unload a model after so many minutes without a request; 0: never.", "Models")
     max_models: int = _option(0, "Models kept loaded at once; 0: as memory allows.", "Models")
+    model_switch: str = _option(
+        "on",
+        "May an API request load the model it names: off, ask (a notice in the page), on.",
+        "Models",
+        choices=("off", "ask", "on"),
+    )
     strict_parameters: bool = _option(False, "Refuse a request with a parameter the backend can't honour.", "Models")
 
     # Data
@@ -248,7 +255,7 @@ _OPTION_KINDS: dict[str, Kind] = {
     "float": "float",
     "str": "str",
     "choice": "str",
-    "path": "path",
+    "path": "str",
     "paths": "list",
 }
 
@@ -286,11 +293,13 @@ def build_parser(rows: Sequence[Option]) -> argparse.ArgumentParser:
     return parser
 
 
-def add_options(parser: argparse.ArgumentParser, rows: Sequence[Option]) -> None:
+def add_options(parser: argparse.ArgumentParser, rows: Sequence[Option], hidden: bool = False) -> None:
+    """The rows as arguments that set nothing unless given."""
     groups: dict[str, argparse._ArgumentGroup] = {}
     for row in rows:
-        group = groups.setdefault(row.group, parser.add_argument_group(row.group)) if row.group else parser
-        group.add_argument(*row.flags(), dest=row.name, help=_help(row), **_argparse_kind(row))
+        target: Any = parser if hidden else groups.setdefault(row.group, parser.add_argument_group(row.group))
+        text = argparse.SUPPRESS if hidden else _help(row)
+        target.add_argument(*row.flags(), dest=row.name, help=text, default=argparse.SUPPRESS, **_argparse_kind(row))
 
 
 def _help(row: Option) -> str:
@@ -375,7 +384,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None, root: P
     command, before, after = split_command(line)
     parser = build_parser([*rows, *loader_rows])
     _list_commands(parser)
-    given, arguments = _parse_line(parser, command, before, after)
+    given, arguments = _parse_line(parser, command, before, after, [*rows, *loader_rows])
     if given.pop("print_config", False):
         print(sample_file([*rows, *loader_rows]))
         raise SystemExit(0)
@@ -395,21 +404,32 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None, root: P
 
 
 def _parse_line(
-    parser: argparse.ArgumentParser, command: str, before: list[str], after: list[str]
+    parser: argparse.ArgumentParser, command: str, before: list[str], after: list[str], rows: Sequence[Option]
 ) -> tuple[dict[str, Any], argparse.Namespace | None]:
-    """Server flags may stand on both sides of the subcommand; what its own parser knows after it is its own."""
-    arguments = None
-    if command != "serve":
-        import importlib
-
-        holder = _Parser(prog="server.py", allow_abbrev=False)
-        subparsers = holder.add_subparsers(dest="command", parser_class=_Parser)
-        importlib.import_module(COMMANDS[command].module).add_parser(subparsers)
-        arguments, after = holder.parse_known_args([command, *after])
-    given, unknown = parser.parse_known_args([*before, *after])
+    """Server flags may stand on both sides of a subcommand; what its own parser has after it is its own."""
+    given, unknown = parser.parse_known_args(before if command != "serve" else [*before, *after])
     if unknown:
         raise ConfigError(_unknown_flag(unknown[0], parser))
-    return vars(given), arguments
+    values = vars(given)
+    if command == "serve":
+        return values, None
+    holder = _Parser(prog="server.py", allow_abbrev=False)
+    subparsers = holder.add_subparsers(dest="command", parser_class=_Parser)
+    importlib.import_module(COMMANDS[command].module).add_parser(subparsers)
+    own: argparse.ArgumentParser = subparsers.choices[command]
+    shared = _without_conflicts(own, rows)
+    add_options(own, shared, hidden=True)
+    arguments, unknown = holder.parse_known_args([command, *after])
+    if unknown:
+        raise ConfigError(_unknown_flag(unknown[0], own))
+    values.update({row.name: getattr(arguments, row.name) for row in shared if hasattr(arguments, row.name)})
+    return values, arguments
+
+
+def _without_conflicts(own: argparse.ArgumentParser, rows: Sequence[Option]) -> list[Option]:
+    flags = set(own._option_string_actions)
+    taken = {action.dest for action in own._actions}
+    return [row for row in rows if row.name not in taken and flags.isdisjoint(row.flags())]
 
 
 def _unknown_flag(flag: str, parser: argparse.ArgumentParser) -> str:

@@ -134,7 +134,15 @@ class CommandRunner:
 
 def pip_env() -> dict[str, str]:
     """The variables pip runs with: the user's own configuration, without what would bend its import path."""
-    dropped = {"PYTHONPATH", "PYTHONHOME", "PIP_TARGET", "PIP_PREFIX", "PIP_USER", "__PYVENV_LAUNCHER__"}
+    dropped = {
+        "PYTHONPATH",
+        "PYTHONHOME",
+        "PYTHONDONTWRITEBYTECODE",
+        "PIP_TARGET",
+        "PIP_PREFIX",
+        "PIP_USER",
+        "__PYVENV_LAUNCHER__",
+    }
     kept = {key: value for key, value in os.environ.items() if key not in dropped}
     kept.update(PYTHONUTF8="1", PYTHONNOUSERSITE="1", PYTHONUNBUFFERED="1", PIP_NO_INPUT="1", PIP_DISABLE_PIP_VERSION_CHECK="1")
     return kept

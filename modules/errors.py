@@ -6,6 +6,7 @@
      │  ├ InvalidParameter · UnsupportedParameter · InvalidJson · InvalidUnicode · InvalidGrammar
      │  ├ ContextLengthExceeded · ModelNotFound · NoModelLoaded · TemplateError · NotFound · MethodNotAllowed
      │  └ BodyTooLarge · UnsupportedMediaType · Unauthorized · Forbidden · Conflict · TooManyRequests
+     │  · RequestTimeout · Overloaded
      ├ LoadError
      │  └ UnknownFormat · BackendUnavailable · IncompatibleModel · CorruptModel · UnsafeModel · LoadOutOfMemory · InstallFailed
      ├ EngineError
@@ -138,6 +139,21 @@ class TooManyRequests(RequestError):
 
 class NoModelLoaded(RequestError):
     code = "no_model_loaded"
+    http_status = 503
+    openai_type = "server_error"
+
+
+class RequestTimeout(RequestError):
+    """The request's body did not arrive in time."""
+
+    code = "request_timeout"
+    http_status = 408
+
+
+class Overloaded(RequestError):
+    """More requests at once than the server takes."""
+
+    code = "overloaded"
     http_status = 503
     openai_type = "server_error"
 

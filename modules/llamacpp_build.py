@@ -129,11 +129,14 @@ def ensure(installer: Installer) -> str:
     state = build_state(installer)
     if state:
         return state
+    gguf = smoke_model(installer.root)
+    if gguf is None:
+        return "no GGUF model under models/ to try a build with; xllamacpp runs on"
     compiler = find_compiler()
     if compiler is None:
         state = f"no C++ compiler; xllamacpp runs GGUF models. For all of llama.cpp's options: {compiler_help()}"
     else:
-        state = _Build(installer, compiler).run()
+        state = _Build(installer, compiler).run(gguf)
     with set_lock(installer.overlays.set_dir):
         path = installer.overlays.env_dir("llamacpp") / MARKER
         write_json(path, {**read_json(path), "llama_cpp": state, "llama_cpp_tried": _fingerprint(compiler)})
@@ -150,10 +153,7 @@ class _Build:
         self._kept = installer_dir(installer.root) / "wheels"
         self._attempt = ""
 
-    def run(self) -> str:
-        gguf = smoke_model(self._installer.root)
-        if gguf is None:
-            return "no GGUF model under models/ to try the build with"
+    def run(self, gguf: Path) -> str:
         with tempfile.TemporaryDirectory(prefix="llama-build-", dir=self._env_dir) as staging:
             kept = self._kept_wheel()
             if kept is not None and self._passes(kept, Path(staging) / "kept", gguf) is None:

@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 RESTARTS = 3
 RESTART_WINDOW_S = 60.0
+RESTART_DELAY_S = 1.0  # times the number of recent crashes; a request that comes earlier does not wait for it
 CANCEL_GRACE_S = 20.0  # longer than the client's own abort enforcement, which kills the worker
 PROGRESS_EVERY_S = 0.1
 WORKER_OVERHEAD_BYTES = 300 << 20
@@ -69,6 +70,7 @@ class ModelManager:
         start_worker: StartWorker,
         *,
         model_options: Callable[[str, str], Mapping[str, Any]] | None = None,
+        model_loader: Callable[[str], str | None] | None = None,
         switch_policy: SwitchPolicy = "on",
         idle_timeout_s: float = 0.0,
         max_models: int = 0,
@@ -80,6 +82,7 @@ class ModelManager:
         self._events = events
         self._start_worker = start_worker
         self._model_options = model_options or (lambda model, loader: {})
+        self._model_loader = model_loader or (lambda model: None)
         self.switch_policy: SwitchPolicy = switch_policy
         self.idle_timeout_s = idle_timeout_s
         self.max_models = max_models
@@ -93,6 +96,7 @@ class ModelManager:
         self._loading = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closed = False
+        self._expecting: asyncio.Event | None = None
         self._used_cache = (0.0, 0)
         self._publish_at = 0.0
         self._publish_timer: asyncio.TimerHandle | None = None
@@ -125,7 +129,7 @@ class ModelManager:
         active = self._places.get(self._active_id or "")
         if "ready" in states:
             return "ready"
-        if "loading" in states:
+        if "loading" in states or self._expecting is not None:
             return "loading"
         if (active is not None and active.state == "failed") or "failed" in states:
             return "failed"
@@ -139,6 +143,16 @@ class ModelManager:
             "memory": {"total": total_bytes(), "available": self._available(), "process": self._used(max_age_s=2.0)},
             "state": self.state(),
         }
+
+    def expect_first(self) -> Callable[[], None]:
+        """The server is about to load a model: until the returned function is called, requests wait instead of failing."""
+        settled = self._expecting = asyncio.Event()
+
+        def settle() -> None:
+            self._expecting = None
+            settled.set()
+
+        return settle
 
     # --- load -------------------------------------------------------------------------------------------------
 
@@ -167,15 +181,17 @@ class ModelManager:
         keep_others: bool | None = False,
         when_busy: WhenBusy = "finish",
         activate: bool = True,
+        keep_cards: bool = False,
     ) -> Resident:
         """Start loading and return at once; `wait` waits. A second load of the same joins the first.
 
         `keep_others`: False replaces the other models, True keeps them, None keeps them while memory allows (the least
         recently used go first). `when_busy` says what becomes of answers still running on a replaced model: they finish,
-        are cancelled, or ("beside") the old model stays. Raises ModelNotFound, IncompatibleModel, InvalidParameter.
+        are cancelled, or ("beside") the old model stays. `keep_cards` leaves the cards of this model's failed loads.
+        Raises ModelNotFound, IncompatibleModel, InvalidParameter.
         """
         model = await asyncio.to_thread(self._library.find, model_id)
-        spec = select(model, self._specs.values(), self._environment, loader)
+        spec = self._choose(model, loader)
         saved = self._model_options(model.id, spec.name)
         complete = complete_options(spec, saved, options)
         self._check_open()
@@ -184,7 +200,8 @@ class ModelManager:
         if place is None:
             place = Place(f"r{next(self._ids)}", model, spec, complete, self._changed)
             self._places[place.id] = place
-            self._forget_failed(model.id)
+            if not keep_cards:
+                self._forget_failed(model.id)
             place.load_task = self._spawn(self._run_load(place, keep, when_busy, activate))
             if activate:
                 self._incoming = place
@@ -217,6 +234,16 @@ class ModelManager:
         self._changed()
         return place.view()
 
+    def _choose(self, model: ModelFiles, loader: str | None) -> LoaderSpec:
+        """The loader asked for; else the one this model was last used with, while that can take it; else the best."""
+        usual = None if loader is not None else self._model_loader(model.id)
+        if usual in self._specs:
+            try:
+                return select(model, self._specs.values(), self._environment, usual)
+            except LoadError as error:
+                log.info("%s: not with its usual backend: %s", model.id, error)
+        return select(model, self._specs.values(), self._environment, loader)
+
     def _same(self, model: ModelFiles, spec: LoaderSpec, options: dict[str, Any], *, explicit: bool) -> Place | None:
         for place in reversed(self._places.values()):
             same_options = not explicit or (place.spec.name == spec.name and place.options == options)
@@ -238,6 +265,8 @@ class ModelManager:
                     if not victims:
                         raise
                     log.info("memory ran out loading %s: unloading the others and trying again", place.model.id)
+                    for victim in victims:
+                        self._remember(victim)
                     await self._remove(victims, when_busy)
                     await self._start(place)
         except BaseException as error:
@@ -293,6 +322,8 @@ class ModelManager:
         place.dismiss(failure)
         if place.id in self._places:
             self._trim_failed()
+        if self._recall is not None and self._active_id is None and not self._closed:
+            self._spawn(self._recall_active())  # it had made room for this one
         self._changed()
 
     # --- room -------------------------------------------------------------------------------------------------
@@ -399,7 +430,14 @@ class ModelManager:
         if place.state == "ready":
             place.state = "failed"
             place.dismiss()
+            asyncio.get_running_loop().call_later(RESTART_DELAY_S * (len(place.restarts) + 1), self._restart_unasked, place)
         self._changed()
+
+    def _restart_unasked(self, place: Place) -> None:
+        """A supervisor that asks /health sends no requests to a server it finds unwell."""
+        if place.state == "failed" and self._places.get(place.id) is place and not self._closed:
+            with contextlib.suppress(AppError):  # crashed too often: the card says so
+                self._restart(place)
 
     def _restart(self, place: Place) -> None:
         """Load a crashed model again, at most RESTARTS times in RESTART_WINDOW_S. Raises its error after that."""
@@ -499,12 +537,17 @@ class ModelManager:
         return self._place(loading.id)
 
     async def _recall_active(self) -> Place:
+        if self._recall is None and self._expecting is not None:
+            await self._expecting.wait()
+            place = self._find(None)
+            if place is not None:
+                return place
         if self._recall is None:
             failed = [p for p in self._places.values() if p.state == "failed" and p.error]
             why = f" The last load failed: {failed[-1].error['message']}" if failed and failed[-1].error else ""
             raise NoModelLoaded(f"No model is loaded.{why}", hint="Load one in the web page's model menu.")
         model, loader, options = self._recall
-        resident = await self.begin_load(model, loader, options, keep_others=None)
+        resident = await self.begin_load(model, loader, options, keep_others=None, keep_cards=True)
         return self._place(resident.id)
 
     # --- idle unload, shutdown --------------------------------------------------------------------------------

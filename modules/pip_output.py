@@ -19,6 +19,7 @@ class Cancelled(SetupError):
 
 
 _COLLECTED = re.compile(r"(?:Collecting|Requirement already satisfied:) ([A-Za-z0-9._-]+)")
+_LOCAL_WHEEL = re.compile(r"Processing (?:.*?[/\\])?([A-Za-z0-9._]+)-\d[^/\\ ]*\.(?:whl|tar\.gz|zip)\b")
 _DOWNLOAD = re.compile(r"\s*(?:Downloading|Using cached) (?:\S*/)?([A-Za-z0-9._+%-]+)(?: \(([^)]+)\))?")
 
 
@@ -34,7 +35,7 @@ class PipProgress:
         self._watcher: threading.Thread | None = None
 
     def line(self, line: str) -> None:
-        match = _COLLECTED.match(line)
+        match = _COLLECTED.match(line) or _LOCAL_WHEEL.match(line)
         if match:
             self._seen.add(match[1].lower())
             self._report(self._resolved(), match[1])
@@ -46,15 +47,14 @@ class PipProgress:
             self._report(self._resolved(), name + size)
         elif line.startswith("Installing collected packages:"):
             names = line.partition(":")[2].split(",")
-            self._watcher = threading.Thread(target=self._watch, args=(len(names),), daemon=True)
+            self._watcher = threading.Thread(target=self._watch, args=(len(names), self._installed()), daemon=True)
             self._watcher.start()
 
     def _resolved(self) -> float:
         return 0.6 * min(1.0, len(self._seen) / self._expected)
 
-    def _watch(self, total: int) -> None:
+    def _watch(self, total: int, before: set[str]) -> None:
         """pip says nothing while it copies files: count what arrives."""
-        before = self._installed()
         while not self._stop.wait(0.3):
             new = sorted(self._installed() - before, key=str)
             latest = new[-1].partition("-")[0] if new else ""

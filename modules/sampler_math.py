@@ -214,7 +214,7 @@ def eta_cutoff(logits: Floats, epsilon: float) -> Indices:
 
 
 def tail_free(logits: Floats, z: float) -> Indices:
-    """Tail-free sampling (Bricken 2019): cut the sorted probabilities where the shares of |second derivative| have summed to z."""
+    """Tail-free sampling (Bricken 2019): cut the sorted probabilities where the shares of |second derivative| sum up to z."""
     probs = softmax(logits)
     order = _descending(probs)
     if order.size < 3:

@@ -338,6 +338,4 @@ def token_logprob(logits: sm.Floats, token: int, alternatives: int, token_text: 
     sampler and at temperature 1. `logits` is [vocab]."""
     logs = sm.log_softmax(logits)
     top = sm.likeliest(logs, alternatives).tolist() if alternatives > 0 else []
-    return TokenLogprob(
-        token, token_text(token), float(logs[token]), tuple((i, token_text(i), float(logs[i])) for i in top)
-    )
+    return TokenLogprob(token, token_text(token), float(logs[token]), tuple((i, token_text(i), float(logs[i])) for i in top))

@@ -18,7 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from stories import ANIMALS, BOYS, CREATURES, GIRLS, OBJECTS, PEOPLE, PLACES, TRAITS, any_name, article, story
+from stories import (
+    ANIMALS,
+    BOYS,
+    CREATURES,
+    GIRLS,
+    OBJECTS,
+    PEOPLE,
+    PLACES,
+    TRAITS,
+    Cast,
+    any_hero,
+    any_name,
+    article,
+    request,
+    story,
+)
 
 HERE = Path(__file__).parent
 Message = dict[str, str]
@@ -98,6 +113,10 @@ NO_MORE = "That is all I know about it. A bigger model can tell you more."
 ANOTHER = "another one|tell me another one|one more please|another story|one more story|again|tell me a different one|another|more stories".split(
     "|"
 )
+BEGIN = (
+    "start a story about {x}|begin a story about {x}|write the first sentence of a story about {x}|give me the opening of a story about {x}"
+    "|how would a story about {x} begin|the first line of a story about {x} please|start a tale about {x}"
+).split("|")
 INTRODUCTIONS = ("my name is {n}", "i'm {n}", "i am {n}", "hi, i'm {n}", "hello, my name is {n}", "call me {n}")
 NAME_QUESTIONS = ("what is my name", "do you remember my name", "who am i", "what's my name", "tell me my name")
 CLOSERS = ("thanks", "goodbye", "praise", "ok")
@@ -325,6 +344,15 @@ class Recipe:
         ]  # fmt: skip
         return Exchange(question, text, "story", follow_ups=follow_ups)
 
+    def opening(self) -> Exchange:
+        """The first words of a story. Short, and all about naming the subject that was asked for."""
+        rng = self.rng
+        cast = Cast(hero=any_hero(rng), name=any_name(rng) if rng.random() < 0.5 else "")
+        cast.hero_trait = rng.choice(TRAITS) if rng.random() < 0.5 else ""
+        asked = "name" if cast.name else "hero"
+        subject = request(cast.complete(rng), asked)
+        return Exchange(phrase(rng.choice(BEGIN).format(x=subject), rng, 0.3), cast.begin(rng), "chat")
+
     def poem(self) -> Exchange:
         """Four rhymed lines about something."""
         rng = self.rng
@@ -368,8 +396,8 @@ class Recipe:
     def exchange(self, multi: bool = False) -> Exchange:
         """One exchange of a random kind. In long conversations stories are rarer, as they are long."""
         kinds: list[tuple[Callable[[], Exchange], float]] = [
-            (self.product, 44), (self.small_talk, 18), (self.tale, 6 if multi else 17), (self.common_fact, 9),
-            (self.unknown_fact, 9), (self.poem, 2), (self.repeat, 3),
+            (self.product, 42), (self.small_talk, 15), (self.tale, 5 if multi else 13), (self.opening, 8),
+            (self.common_fact, 9), (self.unknown_fact, 8), (self.poem, 3), (self.repeat, 6),
         ]  # fmt: skip
         draw, weights = zip(*kinds, strict=True)
         return self.rng.choices(draw, weights)[0]()

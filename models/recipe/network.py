@@ -153,6 +153,7 @@ def save_folder(network: Llama, folder: Path, eos: list[int], bos: int, pad: int
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: p.detach().to(torch.float16).contiguous() for name, p in network.named_parameters()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # safetensors writes it for the owner alone
     config = {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

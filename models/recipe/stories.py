@@ -591,6 +591,10 @@ class Cast:
         self.slots = {**capitals, **slots}
         return self
 
+    def begin(self, rng: random.Random) -> str:
+        """The opening of the story."""
+        return rng.choice(OPENINGS).format(**self.slots)
+
     def tell(self, rng: random.Random) -> str:
         """The story: one or two paragraphs, 80 to 200 words."""
         beats = [rng.choice(OPENINGS), *(rng.choice(options) for options in PLOTS[self.plot])]

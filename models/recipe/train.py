@@ -123,7 +123,7 @@ def perplexity(network: Llama, data: TokenSet, rows: int = 8, size: int = 1024) 
     groups = fill_rows(data.lengths, np.arange(len(data)), size)
     for start in range(0, len(groups), rows):
         batch = make_batch(data, groups[start : start + rows], size)
-        batch.weights = (batch.weights == 1).float()
+        batch.weights = (batch.weights >= 1).float()
         total += float(loss_of(network, batch) * batch.weights.sum())
         weight += float(batch.weights.sum())
     return math.exp(total / weight)

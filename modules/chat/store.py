@@ -2,7 +2,7 @@
 
 The interface is asynchronous and says nothing of SQLite, so that a server database can stand behind it. Its promises:
 
-1. What a call has returned is on disk. A save happens whole or not at all.
+1. What a call has returned is on disk, unless `memory_only` says why it can't be. A save happens whole or not at all.
 2. A user's message and the empty answer below it are saved together, before any generation starts.
 3. Every change carries the revision it was based on, where the caller has one; a mismatch is a Conflict, and the
    caller may keep both as a branch. No call replaces a history: there are only additions, marks and versions.
@@ -14,7 +14,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from modules.errors import StorageError
 
 Role = Literal["user", "assistant", "system"]
 Status = Literal["complete", "generating", "interrupted", "failed"]
@@ -115,12 +118,21 @@ class NewConversation:
 class ChatStore(ABC):
     """All methods raise NotFound for an unknown id and StorageError's subclasses when the disk refuses."""
 
+    notices: list[Notice]
+    """What `open` found and did, for the page."""
+    memory_only: StorageError | None
+    """Why what is said now is kept in memory only (the disk went read-only or away); None while promise 1 holds."""
+
     @abstractmethod
     async def open(self) -> list[Notice]:
         """Lock, check, repair, migrate. Answers that were being written when the last process ended become `interrupted`."""
 
     @abstractmethod
     async def close(self) -> None: ...
+
+    @abstractmethod
+    async def save_again(self) -> bool:
+        """While `memory_only`: try to write everything. Whether all is on disk now."""
 
     @abstractmethod
     async def conversations(self, query: str = "", trashed: bool = False, limit: int = 1000) -> list[Summary]:

@@ -79,7 +79,11 @@ class Actions:
 
     def add_conversation(self, new: NewConversation) -> Snapshot:
         conversation = self._insert_conversation(
-            new.title or DEFAULT_TITLE, not new.title, new.system_prompt, new.pinned, new.created_at or time.time()
+            new.title or auto_title(next((node.text for node in new.nodes if node.role == "user"), "")),
+            not new.title,
+            new.system_prompt,
+            new.pinned,
+            new.created_at or time.time(),
         )
         ids = {node.key: new_id() for node in new.nodes}
         if len(ids) != len(new.nodes):
@@ -117,20 +121,22 @@ class Actions:
             return again
         row = conversation_row(self._db, conversation)
         self._require_active(row)
-        current = snapshot(self._db, conversation)
         outline = Outline(self._db, conversation)
+        shown = outline.shown(row["leaf"])
+        leaf = shown[-1] if shown else None
         stale = revision is not None and revision != row["revision"]
-        if stale and not branch and (parent is None or parent != current.leaf):
+        if stale and not branch and (parent is None or parent != leaf):
             raise self._conflict(conversation)
         if parent is None:
-            parent = current.leaf
+            parent = leaf
         elif parent not in outline.parent:
             if not branch:
                 raise self._conflict(conversation)
             parent = self._live_ancestor(conversation, parent)
         if any(outline.status[node] == "generating" for node in outline.path(parent)):
-            raise Conflict("An answer is still being written here.", hint="Wait for it, or stop it.", detail=_detail(current))
-        if row["title_is_auto"] and not any(message.role == "user" for message in current.messages):
+            detail = _detail(snapshot(self._db, conversation))
+            raise Conflict("An answer is still being written here.", hint="Wait for it, or stop it.", detail=detail)
+        if row["title_is_auto"] and row["title"] == DEFAULT_TITLE:
             self._db.execute("UPDATE conversations SET title = ? WHERE id = ?", (auto_title(text), conversation))
         question = self._insert_node(conversation, parent, "user", text, "complete")
         answer = self._insert_node(conversation, question, "assistant", "", "generating", generation=generation)
@@ -238,7 +244,8 @@ class Actions:
         if row["deleted"] is not None:
             return snapshot(self._db, conversation), row["deleted"]
         outline = Outline(self._db, conversation)
-        shown = snapshot(self._db, conversation).leaf
+        path = outline.shown(conversation_row(self._db, conversation)["leaf"])
+        shown = path[-1] if path else None
         doomed = outline.below(node)
         token = new_id()
         for item in doomed:

@@ -14,8 +14,9 @@ from modules.chat.schema_sql import APPLICATION_ID, MIGRATIONS, version_of
 from modules.errors import StorageError, StorageFull, StorageReadOnly, StoreCorrupt, StoreLocked
 
 KEEP_BACKUPS = 5
-# Up to this size a file is checked page by page at the start; a larger one only when its head does not read well.
-FULL_CHECK_BYTES = 256 * 1024 * 1024
+# Up to this size a file is checked page by page at every start; a larger one only after an end that was no orderly one (the
+# backup made of it is always checked).
+FULL_CHECK_BYTES = 64 * 1024 * 1024
 EMPTY = "it is empty"
 
 
@@ -61,7 +62,7 @@ if sys.platform == "win32":
     import msvcrt
 
     def _lock(file: IO[str]) -> None:
-        file.seek(1024)  # a byte nobody reads: a locked range can't be read by others, and the pid should be
+        file.seek(1 << 30)  # far from the pid: a locked range can't be read by others
         msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         file.seek(0)
 
@@ -148,7 +149,7 @@ def problem_of(path: Path, newest_schema: int = len(MIGRATIONS)) -> str | None:
                 "and was left alone.",
                 hint="Update, or choose another data folder with --user-data-dir.",
             )
-        if path.stat().st_size <= FULL_CHECK_BYTES:
+        if path.stat().st_size <= FULL_CHECK_BYTES or not _closed_well(connection):
             verdict = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
             if verdict != "ok":
                 return str(verdict)
@@ -156,7 +157,7 @@ def problem_of(path: Path, newest_schema: int = len(MIGRATIONS)) -> str | None:
             return EMPTY
         if version == 0:
             return "it has no schema version"
-        connection.execute("SELECT count(*) FROM conversations").fetchone()
+        connection.execute("SELECT count(*) FROM conversations").fetchone()  # the schema reads
     except sqlite3.DatabaseError as error:
         failure = storage_error(error)
         if isinstance(failure, (StorageFull, StorageReadOnly)):
@@ -165,6 +166,16 @@ def problem_of(path: Path, newest_schema: int = len(MIGRATIONS)) -> str | None:
     finally:
         connection.close()
     return None
+
+
+def _closed_well(connection: sqlite3.Connection) -> bool:
+    row = connection.execute("SELECT value FROM meta WHERE key = 'closed'").fetchone()
+    return row is not None and row[0] == "1"
+
+
+def mark_closed(connection: sqlite3.Connection, closed: bool) -> None:
+    """Said at an orderly end, taken back at the start."""
+    connection.execute("INSERT OR REPLACE INTO meta (key, value) VALUES ('closed', ?)", (str(int(closed)),))
 
 
 def quarantine(path: Path) -> Path:

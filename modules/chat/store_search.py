@@ -46,8 +46,7 @@ class Search:
             text, status = connection.execute("SELECT text, status FROM nodes WHERE seq = ?", (seq,)).fetchone()
             if status == "generating":
                 continue  # its text still grows; `finish` comes
-            connection.execute("DELETE FROM nodes_text WHERE rowid = ?", (seq,))
-            connection.execute("INSERT INTO nodes_text (rowid, text) VALUES (?, ?)", (seq, text))
+            connection.execute("INSERT OR REPLACE INTO nodes_text (rowid, text) VALUES (?, ?)", (seq, text))
             connection.execute("UPDATE nodes SET indexed = 1 WHERE seq = ?", (seq,))
 
     def forget(self, connection: sqlite3.Connection, conversation: str) -> None:
@@ -75,12 +74,19 @@ class Search:
 
     def _texts(self, connection: sqlite3.Connection, words: list[str]) -> dict[str, str]:
         """conversation -> the newest text that holds every word."""
+        found: dict[str, int] = {}
         if self.full_text and all(len(word) >= 3 for word in words):
             phrase = " AND ".join('"' + word.replace('"', '""') + '"' for word in words)
-            rows = connection.execute(_BY_INDEX + " UNION ALL " + _unindexed(words) + " ORDER BY 1", [phrase, *words])
+            found.update(connection.execute(_BY_INDEX, (phrase,)))
+            scan = _scan(words) + " AND indexed = 0"
         else:
-            rows = connection.execute(_scan(words) + " ORDER BY 1", words)
-        return {conversation: text for _, conversation, text in rows}
+            scan = _scan(words)
+        for conversation, seq in connection.execute(scan + " GROUP BY conversation", words):
+            found[conversation] = max(seq, found.get(conversation, 0))
+        texts: dict[str, str] = {}
+        for conversation, seq in found.items():
+            texts[conversation] = connection.execute("SELECT text FROM nodes WHERE seq = ?", (seq,)).fetchone()[0]
+        return texts
 
 
 _LIST = """
@@ -89,18 +95,15 @@ SELECT c.*, substr(COALESCE(NULLIF(n.text, ''), p.text), 1, :snippet) AS newest,
 FROM conversations c LEFT JOIN nodes n ON n.id = c.leaf LEFT JOIN nodes p ON p.id = n.parent
 WHERE c.trashed = :trashed ORDER BY c.pinned DESC, c.touched DESC LIMIT :limit
 """
+# Without the texts: they lie on pages of their own, and a common word has thousands.
 _BY_INDEX = """
-SELECT n.seq, n.conversation, n.text FROM nodes_text t JOIN nodes n ON n.seq = t.rowid
-WHERE nodes_text MATCH ? AND n.deleted IS NULL
+SELECT n.conversation, max(n.seq) FROM nodes_text t JOIN nodes n ON n.seq = t.rowid
+WHERE nodes_text MATCH ? AND n.deleted IS NULL GROUP BY n.conversation
 """
 
 
 def _scan(words: list[str]) -> str:
-    return "SELECT seq, conversation, text FROM nodes WHERE deleted IS NULL" + " AND instr(fold(text), ?)" * len(words)
-
-
-def _unindexed(words: list[str]) -> str:
-    return _scan(words) + " AND indexed = 0"
+    return "SELECT conversation, max(seq) FROM nodes WHERE deleted IS NULL" + " AND instr(fold(text), ?)" * len(words)
 
 
 def _summary(row: sqlite3.Row, text: str, words: list[str]) -> Summary:

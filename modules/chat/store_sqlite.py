@@ -14,7 +14,18 @@ from modules.chat import store_tree
 from modules.chat.schema_sql import MIGRATIONS, Migration, migrate, version_of
 from modules.chat.store import Change, ChatStore, NewConversation, Node, Notice, Snapshot, Status, Summary
 from modules.chat.store_actions import Actions
-from modules.chat.store_files import EMPTY, Backups, DataDirLock, connect, problem_of, quarantine, read_only, storage_error
+from modules.chat.store_files import (
+    EMPTY,
+    Backups,
+    DataDirLock,
+    connect,
+    mark_closed,
+    problem_of,
+    quarantine,
+    read_only,
+    storage_error,
+)
+from modules.chat.store_memory import copy_to_memory, write_back
 from modules.chat.store_search import Search
 from modules.errors import StorageError, StorageReadOnly, StoreCorrupt
 
@@ -33,6 +44,8 @@ class SqliteChatStore(ChatStore):
     ) -> None:
         self.path = folder / "chats.sqlite"
         self.backups = Backups(self.path)
+        self.notices = []
+        self.memory_only = None
         self._folder = folder
         self._lock = DataDirLock(folder)
         self._migrations = migrations
@@ -46,7 +59,8 @@ class SqliteChatStore(ChatStore):
     # -- life
 
     async def open(self) -> list[Notice]:
-        return await self._in_thread(self._open)
+        self.notices = await self._in_thread(self._open)
+        return self.notices
 
     async def close(self) -> None:
         await self._in_thread(self._close)
@@ -98,15 +112,19 @@ class SqliteChatStore(ChatStore):
 
     def _connect(self) -> None:
         connection = connect(self.path)
-        # A network folder may refuse WAL; the older journal is as safe, only slower.
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")
-        connection.execute("PRAGMA foreign_keys = ON")
-        connection.execute("PRAGMA trusted_schema = OFF")
-        connection.execute("PRAGMA journal_size_limit = 16777216")
-        self._search = Search(connection, self._full_text)
+        try:
+            # A network folder may refuse WAL; the older journal is as safe, only slower.
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA foreign_keys = ON")
+            connection.execute("PRAGMA trusted_schema = OFF")
+            connection.execute("PRAGMA journal_size_limit = 16777216")
+            self._search = Search(connection, self._full_text)
+            status = self.path.stat()
+        except BaseException:
+            connection.close()
+            raise
         self._connection = connection
-        status = self.path.stat()
         self._inode = (status.st_dev, status.st_ino)
 
     def _prepare(self) -> list[Notice]:
@@ -118,13 +136,23 @@ class SqliteChatStore(ChatStore):
         with _transaction(connection):
             interrupted = Actions(connection, self._search).interrupt_all()
             self._search.prepare(connection)
+            mark_closed(connection, False)
         if interrupted:
             many = "answers were" if interrupted > 1 else "answer was"
             return [Notice("info", f"{interrupted} {many} cut off by the end of the server; what had come is kept.")]
         return []
 
+    async def save_again(self) -> bool:
+        return await self._in_thread(self._save_again)
+
     def _close(self) -> None:
+        if self.memory_only is not None and not self._save_again():
+            assert self._connection is not None
+            self._connection.close()  # the page has said so from the first moment
+            self._connection = None
         if self._connection is not None:
+            with contextlib.suppress(sqlite3.Error):  # a full disk, or a start that failed: then the next start checks it all
+                mark_closed(self._connection, True)
             self._connection.close()
             self._connection = None
         self._lock.release()
@@ -136,14 +164,22 @@ class SqliteChatStore(ChatStore):
 
     async def _write(self, action: Callable[[Actions], T]) -> T:
         def run() -> T:
-            connection, search = self._ready()
-            try:
-                with _transaction(connection):
-                    return action(Actions(connection, search))
-            except sqlite3.Error as error:
-                raise self._failed(error) from error
+            if self.memory_only is None:
+                try:
+                    return self._transact(action)
+                except StorageReadOnly as failure:
+                    self._go_to_memory(failure)
+            return self._transact(action)
 
         return await self._in_thread(run)
+
+    def _transact(self, action: Callable[[Actions], T]) -> T:
+        connection, search = self._ready()
+        try:
+            with _transaction(connection):
+                return action(Actions(connection, search))
+        except sqlite3.Error as error:
+            raise self._failed(error) from error
 
     async def _read(self, query: Callable[[sqlite3.Connection], T]) -> T:
         def run() -> T:
@@ -158,10 +194,10 @@ class SqliteChatStore(ChatStore):
     def _ready(self, writing: bool = True) -> tuple[sqlite3.Connection, Search]:
         if self._inode is None:
             raise StorageError("The chat store is not open.")
-        if writing and not self._in_place():
+        if self.memory_only is None and (writing or self._connection is None) and not self._in_place():
             raise StorageReadOnly(
                 "The data folder was moved or removed while the server runs: nothing more can be saved.",
-                hint="Put it back, export the open chats, and start the server again.",
+                hint="Put it back.",
             )
         if self._connection is None:
             try:
@@ -170,6 +206,40 @@ class SqliteChatStore(ChatStore):
                 raise StorageReadOnly("The chat database can't be opened any more.", hint="Check the disk.") from error
         assert self._connection is not None and self._search is not None
         return self._connection, self._search
+
+    # -- a disk that takes nothing any more
+
+    def _go_to_memory(self, failure: StorageReadOnly) -> None:
+        """Go on with a copy in memory, of what was saved last. Raises `failure` where even that can't be read."""
+        try:
+            source = self._connection or connect(self.path, read_only_mode=True)
+            memory = copy_to_memory(source)
+        except (sqlite3.Error, OSError):
+            raise failure from None
+        source.close()
+        self._connection, self._search = memory, Search(memory, self._full_text)
+        self.memory_only = failure
+
+    def _save_again(self) -> bool:
+        """Write the whole copy as one transaction, through a connection that has failed at nothing yet."""
+        if self.memory_only is None:
+            return True
+        memory = self._connection
+        assert memory is not None
+        try:
+            if not self._in_place():
+                return False
+            self._connect()
+            assert self._connection is not None
+            write_back(memory, self._connection)
+        except (sqlite3.Error, OSError):
+            if self._connection is not memory and self._connection is not None:
+                self._connection.close()
+            self._connection, self._search = memory, Search(memory, self._full_text)
+            return False
+        memory.close()
+        self.memory_only = None
+        return True
 
     def _in_place(self) -> bool:
         """Writes to a removed file succeed on POSIX, and are lost."""

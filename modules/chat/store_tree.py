@@ -56,6 +56,10 @@ class Outline:
             node = self.parent[node]
         return path[::-1] if node is None else []
 
+    def shown(self, leaf: str | None) -> list[str]:
+        """The path on screen: to the stored leaf, or to the newest end where that is gone."""
+        return self.path(leaf) or self.path(self.newest_end())
+
     def below(self, node: str) -> list[str]:
         """`node` and everything under it."""
         found = [node]
@@ -87,9 +91,7 @@ def read_nodes(connection: sqlite3.Connection, outline: Outline, ids: list[str])
 def snapshot(connection: sqlite3.Connection, conversation: str) -> Snapshot:
     row = conversation_row(connection, conversation)
     outline = Outline(connection, conversation)
-    path = outline.path(row["leaf"])
-    if not path:
-        path = outline.path(outline.newest_end())
+    path = outline.shown(row["leaf"])
     return Snapshot(
         id=row["id"],
         title=row["title"],
@@ -120,13 +122,13 @@ def whole(connection: sqlite3.Connection, conversation: str) -> NewConversation:
     row = conversation_row(connection, conversation)
     outline = Outline(connection, conversation)
     nodes = read_nodes(connection, outline, list(outline.parent))
-    leaf = outline.path(row["leaf"])
+    shown = outline.shown(row["leaf"])
     return NewConversation(
         title=row["title"],
         system_prompt=row["system_prompt"],
         pinned=bool(row["pinned"]),
         created_at=row["created_at"],
-        leaf=leaf[-1] if leaf else outline.newest_end(),
+        leaf=shown[-1] if shown else None,
         nodes=tuple(
             NewNode(
                 key=n.id,

@@ -108,6 +108,8 @@ class TemplateRenderer:
             "add_generation_prompt": add_generation_prompt,
             "bos_token": bos_token or "",
             "eos_token": eos_token or "",
+            "tools": None,  # there, as in transformers: templates ask `tools is not none`
+            "documents": None,
             **kwargs,
         }
         body = json.dumps({"template": template, "variables": variables, "continue_text": continue_text}).encode("ascii")
@@ -148,7 +150,7 @@ class TemplateRenderer:
             return text
         raise TemplateError(
             f"The model's chat template failed: {reply['error']}",
-            hint="Choose another template for this model, or check the order of the messages.",
+            hint="Check the order of the messages, or use another model.",
             detail={"kind": reply.get("kind")},
         )
 

@@ -98,7 +98,8 @@ def _examine_pickle(path: Path, kind: FileKind, draft: Draft) -> None:
     draft.architecture = architecture
     raise UnsafeModel(
         f"{path.name} holds RWKV weights as a Python pickle, which can run any code when it is opened, so it is refused.",
-        hint="Get the model as .safetensors or .gguf (RWKV 6 and 7 also run in llama.cpp).",
+        hint="Get the model as .safetensors or .gguf. If you trust this file: "
+        "`server.py convert FILE --to safetensors --allow-pickle`.",
     )
 
 

@@ -47,22 +47,25 @@ def examine_flexgen(path: Path, draft: Draft) -> None:
 def _shape(path: Path, size: int) -> tuple[int, ...]:
     with path.open("rb") as file:
         head = file.read(4096)
-    text = numpy_header(head) if kind_of(head) == "npy" else None
+    text = ""
     try:
-        header = ast.literal_eval(text) if text else None
+        text, begin = numpy_header(head) if kind_of(head) == "npy" else ("", 0)
+        header = ast.literal_eval(text)
         if not isinstance(header, dict):
             raise ValueError("no header")
         descr, shape = str(header["descr"]), tuple(header["shape"])
         width = int(descr[2:])
-        expected = math.prod(shape) * width
+        if any(type(side) is not int or side < 0 for side in shape):
+            raise ValueError("no shape")
+        expected = begin + math.prod(shape) * width
     except (ValueError, SyntaxError, KeyError, TypeError, MemoryError, RecursionError) as error:
-        if text and "O" in text.split("fortran")[0]:
+        if "O" in text.split("fortran")[0]:
             raise UnsafeModel(
                 f"{path.name} is an array of Python objects, which can run code when it is opened.",
                 hint="Convert the model again.",
             ) from error
         raise CorruptModel(f"{path.name} is no NumPy array or is cut.", hint="Convert the model again.") from error
-    if any(type(side) is not int or side < 0 for side in shape) or size < expected:
+    if size < expected:
         raise CorruptModel(
             f"{path.name}: file incomplete: {size:,} of at least {expected:,} bytes.", hint="Convert the model again."
         )

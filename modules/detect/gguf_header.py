@@ -180,12 +180,12 @@ class _Parser:
         if version not in (2, 3):
             raise self._unknown_version(version)
         tensor_count, key_count = cursor.u64(), cursor.u64()
-        # An entry of a tensor takes at least 32 bytes, a key at least 13: a count beyond the file's size is a lie.
+        # A tensor's entry takes at least 24 bytes, a key's at least 13: a count beyond the file's size is a lie.
         if key_count > MAX_KEYS or key_count * 13 > cursor.left:
             raise self._broken(f"it claims {key_count:,} metadata keys")
         for _ in range(key_count):
             self._key()
-        if tensor_count > MAX_TENSORS or tensor_count * 32 > cursor.left:
+        if tensor_count > MAX_TENSORS or tensor_count * 24 > cursor.left:
             raise self._broken(f"it claims {tensor_count:,} tensors")
         alignment = self._alignment()
         tensors: dict[str, GgufTensor] = {}

@@ -61,7 +61,7 @@ def examine_folder(path: Path, draft: Draft, *, deep: bool) -> None:
             "The folder has weights, but no config.json, so their architecture is unknown.",
             hint="Fetch config.json into the folder.",
         )
-    if config.get("model_type") in LLAMA_FAMILY:
+    if text(config.get("model_type")) in LLAMA_FAMILY:
         check_llama_shapes(config, tensors)
     if deep and draft.format in ("hf", "gptq", "awq"):
         check_tokenizer(path, set(files), _embedding_rows(tensors))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import os
 import unicodedata
 from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
 
 BUNDLED_FILE = "bundled.json"
 MAX_DEPTH = 5
+# A link to a whole disk under models/ must not hold the list up.
+MAX_FOLDERS = 20_000
+MAX_MODELS = 20_000
 _MAX_NAME = 300
 # A folder with one of these is one model; its other files belong to it.
 _FOLDER_MARKS = frozenset({"config.json", "adapter_config.json", "model.safetensors.index.json", "quantize_config.json"})
@@ -45,12 +50,12 @@ def list_models(dirs: Iterable[Path]) -> list[ModelFiles]:
     found: dict[str, ModelFiles] = {}
     for root in dirs:
         bundled = _bundled(root)
-        for path in _candidates(root, 0):
+        for path in itertools.islice(_candidates(root, 0, itertools.count()), MAX_MODELS):
             files = _examined(path)
             if files is None:
                 continue
             name = unicodedata.normalize("NFC", path.relative_to(root).as_posix())
-            model = dataclasses.replace(files, id=name, bundled=name in bundled)
+            model = dataclasses.replace(files, id=name, bundled=any(fnmatchcase(name, pattern) for pattern in bundled))
             if name in found:
                 model = dataclasses.replace(model, id=f"{root.name}/{name}")
             found.setdefault(model.id, model)
@@ -78,7 +83,7 @@ def find_model(name: str, dirs: Iterable[Path], *, allow_paths: bool = False) ->
         if path.exists():
             listed = next((model for model in models if _same(Path(model.path), path)), None)
             return listed or examine(path.resolve(), deep=False)[0]
-    raise _not_found(wanted, [model.id for model in near or models], ambiguous=len(near) > 1)
+    raise _not_found(name, [model.id for model in near or models], ambiguous=len(near) > 1)
 
 
 def _names(model_id: str) -> set[str]:
@@ -104,17 +109,19 @@ def _same(one: Path, other: Path) -> bool:
         return False
 
 
-def _bundled(root: Path) -> frozenset[str]:
-    """The ids that ship with the product: bundled.json in the model folder, a list of ids."""
+def _bundled(root: Path) -> tuple[str, ...]:
+    """Patterns of the ids that ship with the product: bundled.json in the model folder."""
     try:
         ids = read_json(root / BUNDLED_FILE).get("models")
     except (OSError, CorruptModel):  # a folder of the user's own has none
-        return frozenset()
-    return frozenset(item for item in ids if isinstance(item, str)) if isinstance(ids, list) else frozenset()
+        return ()
+    return tuple(item for item in ids if isinstance(item, str)) if isinstance(ids, list) else ()
 
 
-def _candidates(folder: Path, depth: int) -> Iterator[Path]:
-    """Paths that may be models: a folder that is one as a whole, or single files."""
+def _candidates(folder: Path, depth: int, visited: Iterator[int]) -> Iterator[Path]:
+    """Paths that may be models: a folder that is one as a whole, or single files. `visited` counts the folders of one walk."""
+    if next(visited) >= MAX_FOLDERS:
+        return
     try:
         files = folder_files(folder)
         folders = _subfolders(folder)
@@ -129,7 +136,7 @@ def _candidates(folder: Path, depth: int) -> Iterator[Path]:
             yield folder / name
     if depth < MAX_DEPTH:
         for name in folders:
-            yield from _candidates(folder / name, depth + 1)
+            yield from _candidates(folder / name, depth + 1, visited)
 
 
 def _weights_with_tokenizer(files: dict[str, int], weights: list[str]) -> bool:

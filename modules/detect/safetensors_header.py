@@ -34,6 +34,14 @@ DTYPE_BITS = {
     "F6_E3M2": 6,
 }
 _SPACE = re.compile(r"[ \t\r\n]*")
+_NUMBER = r"(?:0|[1-9]\d{0,17})"
+# One entry as every library writes it. Anything else goes the strict, slower way.
+_USUAL = re.compile(
+    rf'"(?!__metadata__")([^"\\\x00-\x1f]{{1,512}})": ?'
+    rf'\{{"dtype": ?"(\w{{1,16}})", ?"shape": ?\[((?:{_NUMBER}(?:, ?{_NUMBER})*)?)\], ?'
+    rf'"data_offsets": ?\[({_NUMBER}), ?({_NUMBER})\]\}}',
+    re.ASCII,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +136,8 @@ class _Entries:
             self.at += 1
         else:
             while True:
-                key = self._key()
+                usual = _USUAL.match(self.text, self.at)
+                key = usual[1] if usual else self._key()
                 if key == "__metadata__":
                     if metadata is not None:
                         raise _broken(self.name, "its metadata appears twice")
@@ -136,7 +145,7 @@ class _Entries:
                 elif key in tensors:
                     raise _broken(self.name, f"tensor {shown(key)} appears twice")
                 else:
-                    tensors[key] = self._tensor(key)
+                    tensors[key] = self._usual_tensor(key, usual) if usual else self._tensor(key)
                     if len(tensors) > MAX_TENSORS:
                         raise _broken(self.name, f"it lists more than {MAX_TENSORS:,} tensors")
                 self._space()
@@ -190,7 +199,14 @@ class _Entries:
         value = self._value(_MAX_ENTRY, f"tensor {label}")
         if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
             raise _broken(self.name, f"tensor {label} does not have exactly dtype, shape and data_offsets")
-        dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+        return self._checked(label, value["dtype"], value["shape"], value["data_offsets"])
+
+    def _usual_tensor(self, key: str, match: re.Match[str]) -> Tensor:
+        self.at = match.end()
+        shape = [int(side) for side in match[3].split(",")] if match[3] else []
+        return self._checked(shown(key), match[2], shape, [int(match[4]), int(match[5])])
+
+    def _checked(self, label: str, dtype: Any, shape: Any, offsets: Any) -> Tensor:
         bits = DTYPE_BITS.get(dtype) if isinstance(dtype, str) else None
         if bits is None:
             raise _broken(self.name, f"tensor {label} has the unknown data type {shown(str(dtype))}")

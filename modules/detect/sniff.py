@@ -78,7 +78,8 @@ def no_model(kind: FileKind, name: str) -> LoadError:
     if kind in _PICKLES:
         return UnsafeModel(
             f"{name} is a Python pickle, which can run any code when it is opened, so it is refused.",
-            hint="Use the model's .safetensors or .gguf version; most models have one (`server.py download` picks it).",
+            hint="Use the model's .safetensors or .gguf version (`server.py download` picks it). If you trust this file: "
+            "`server.py convert FILE --to safetensors --allow-pickle`.",
         )
     if kind == "7z" or kind == "gzip":
         return UnknownFormat(f"{name} is a compressed archive.", hint="Unpack it and load the .safetensors or .gguf file inside.")
@@ -101,14 +102,16 @@ def lfs_size(head: bytes) -> int | None:
     return None
 
 
-def numpy_header(head: bytes) -> str | None:
-    """The dictionary literal of an .npy file's header as text, unparsed; None when it is torn."""
+def numpy_header(head: bytes) -> tuple[str, int]:
+    """An .npy file's header as text (a dictionary literal), and where its data begins. Raises ValueError when it is torn."""
     if len(head) < 12:
-        return None
+        raise ValueError("no header")
     if head[6] == 1:
         (length,) = struct.unpack_from("<H", head, 8)
         start = 10
     else:
         (length,) = struct.unpack_from("<I", head, 8)
         start = 12
-    return head[start : start + length].decode("latin-1") if len(head) >= start + length else None
+    if len(head) < start + length:
+        raise ValueError("header cut")
+    return head[start : start + length].decode("latin-1"), start + length

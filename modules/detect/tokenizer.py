@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from modules.errors import CorruptModel, IncompatibleModel
@@ -14,8 +15,9 @@ TOKENIZER_FILES = frozenset(
 MAX_BYTES = 100_000_000
 _OBJECT = re.compile(rb'"vocab"\s*:\s*\{\s*')
 _LIST = re.compile(rb'"vocab"\s*:\s*\[\s*')
-_PAIR = re.compile(rb'"(?:[^"\\]|\\.)*"\s*:\s*(\d{1,12})\s*(,?)\s*')
-_PIECE = re.compile(rb'\[\s*"(?:[^"\\]|\\.)*"\s*,\s*[-+0-9.eE]+\s*\]\s*(,?)\s*')
+_STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
+_PAIR = re.compile(_STRING + rb"\s*:\s*(\d{1,12})\s*(?:,\s*|(?=\}))")
+_PIECE = re.compile(rb"\[\s*" + _STRING + rb"\s*,\s*[-+0-9.eE]+\s*\]\s*(?:,\s*|(?=\]))")
 _ADDED = re.compile(rb'"added_tokens"\s*:\s*\[')
 _ADDED_ID = re.compile(rb'\{[^{}"]*"id"\s*:\s*(\d{1,12})\s*,\s*"content"\s*:\s*"((?:[^"\\]|\\.)*)"')
 
@@ -48,19 +50,14 @@ def _vocabulary_size(raw: bytes) -> int:
     """The highest id in model.vocab plus one; 0 when there is none in a layout we know."""
     start = _OBJECT.search(raw)
     if start:
-        top, at = -1, start.end()
-        while match := _PAIR.match(raw, at):
-            top, at = max(top, int(match[1])), match.end()
-            if not match[2]:
-                break
-        return top + 1
+        return 1 + max((int(match[1]) for match in _run(_PAIR, raw, start.end())), default=-1)
     start = _LIST.search(raw)
-    count, at = 0, start.end() if start else len(raw)
-    while match := _PIECE.match(raw, at):
-        count, at = count + 1, match.end()
-        if not match[1]:
-            break
-    return count
+    return sum(1 for _ in _run(_PIECE, raw, start.end())) if start else 0
+
+
+def _run(pattern: re.Pattern[bytes], raw: bytes, at: int) -> Iterator[re.Match[bytes]]:
+    """Matches one right after the other. A scanner keeps the loop over a quarter of a million tokens in C."""
+    return iter(pattern.scanner(raw, at).match, None)  # type: ignore[attr-defined]
 
 
 def _added_ids(raw: bytes) -> dict[int, bytes]:

@@ -32,6 +32,7 @@ class Row:
     needs: str = ""
     module: str | None = None
     byte_exact: bool = False
+    lacks: frozenset[str] = frozenset()  # features that this build of the loader's backend does without
 
     def skip_reason(self, overlays: Overlays) -> str | None:
         """Why this row can't run here, or None."""
@@ -90,4 +91,13 @@ ROWS = (
     Row("gptq-wren", "gptq_for_llama", _gptq("wren-6m", bits=4, group_size=128), needs=_WREN),
     Row("gptq-wren-int4", "gptq_for_llama", _gptq("wren-6m", bits=4, group_size=64, desc_act=True), {"kernel": "int4"}, _WREN),
     Row("gptq-wren-3bit", "gptq_for_llama", _gptq("wren-6m", bits=3, group_size=64, sym=False), {"kernel": "int4"}, _WREN),
+    Row(
+        "xllamacpp_server-stories",
+        "llamacpp",
+        _stories("stories260K-f32.gguf"),
+        {"engine": "xllamacpp_server"},
+        _STORIES,
+        "xllamacpp",
+        lacks=frozenset({"score", "echo", "min_tokens", "all_samplers"}),
+    ),
 )

@@ -175,9 +175,7 @@ def test_dry_match_is_capped():
     assert set(sm.dry_matches(history, frozenset()).values()) == {sm.DRY_LONGEST_MATCH}
 
 
-@pytest.mark.parametrize(
-    ("size", "expected"), [(1, {1, 2, 3}), (2, {3}), (3, {3}), (4, set()), (9, set()), (0, set())]
-)
+@pytest.mark.parametrize(("size", "expected"), [(1, {1, 2, 3}), (2, {3}), (3, {3}), (4, set()), (9, set()), (0, set())])
 def test_no_repeat_ngram(size, expected):
     assert sm.repeated_ngram_ends(np.array([1, 2, 3, 1, 2]), size) == expected
 

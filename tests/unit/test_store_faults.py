@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -15,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from modules.chat import store_files
+from modules.chat import store_files, store_memory
 from modules.chat.schema_sql import MIGRATIONS
 from modules.chat.store_sqlite import SqliteChatStore
 from modules.errors import StorageError, StorageFull, StorageReadOnly, StoreLocked
@@ -84,14 +85,51 @@ async def test_full_disk_keeps_the_old_state_and_recovers(tmp_path: Path) -> Non
     await store.close()
 
 
-async def test_read_only_medium(tmp_path: Path) -> None:
+async def test_a_disk_that_turns_read_only_is_replaced_by_memory_until_it_is_back(tmp_path: Path) -> None:
+    store, chat = await filled(tmp_path)
+    on_disk = await store.snapshot(chat)
+    assert store._connection is not None
+    store._connection.execute("PRAGMA query_only = ON")  # SQLite's own SQLITE_READONLY, also for root
+    change = await store.add_message(chat, "in memory", client_id="c2", generation="g2")
+    assert isinstance(store.memory_only, StorageReadOnly) and "can't be written" in str(store.memory_only)
+    assert change.node is not None and await store.finish(change.node, "g2", text="too", status="complete")
+    assert [m.text for m in (await store.snapshot(chat)).messages] == ["keep me", "kept", "in memory", "too"]
+    assert len(await store.conversations("in memory")) == 1
+    look = sqlite3.connect(store.path)
+    assert look.execute("SELECT count(*) FROM nodes").fetchone()[0] == len(on_disk.messages), "the file is as it was"
+    look.close()
+    assert await store.save_again() and store.memory_only is None
+    await store.create()
+    expected = await store.snapshot(chat)
+    await store.close()
+    store, notices = await reopened(tmp_path)
+    assert notices == [] and await store.snapshot(chat) == expected
+    assert [m.text for m in expected.messages][2:] == ["in memory", "too"]
+    assert store._connection is not None and store._connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
+    await store.close()
+
+
+async def test_what_is_in_memory_is_written_at_an_orderly_end_if_it_can_be(tmp_path: Path) -> None:
+    store, chat = await filled(tmp_path)
+    assert store._connection is not None
+    store._connection.execute("PRAGMA query_only = ON")
+    await store.update(chat, {"title": "Renamed"})
+    assert store.memory_only
+    await store.close()
+    store, _ = await reopened(tmp_path)
+    assert (await store.snapshot(chat)).title == "Renamed"
+    await store.close()
+
+
+async def test_a_large_database_is_not_copied_to_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_memory, "LIMIT_BYTES", 1000)
     store, chat = await filled(tmp_path)
     before = await store.snapshot(chat)
     assert store._connection is not None
-    store._connection.execute("PRAGMA query_only = ON")  # SQLite's own SQLITE_READONLY, also for root
+    store._connection.execute("PRAGMA query_only = ON")
     with pytest.raises(StorageReadOnly):
         await store.create()
-    assert await store.snapshot(chat) == before
+    assert store.memory_only is None and await store.snapshot(chat) == before
     store._connection.execute("PRAGMA query_only = OFF")
     await store.create()
     await store.close()
@@ -112,17 +150,19 @@ class FailingConnection:
         return getattr(self._real, name)
 
 
-async def test_a_failed_fsync_fails_that_save_and_begins_a_new_connection(tmp_path: Path) -> None:
+async def test_after_a_failed_fsync_everything_is_written_anew(tmp_path: Path) -> None:
     store, chat = await filled(tmp_path)
-    before = await store.snapshot(chat)
     real = store._connection
     assert real is not None
     store._connection = FailingConnection(real, "COMMIT", "disk I/O error")  # type: ignore[assignment]
-    with pytest.raises(StorageReadOnly, match="disk reported an error"):
-        await store.add_message(chat, "lost?", client_id="c2", generation="g2")
-    assert store._connection is None, "the connection is not trusted any more"
-    assert await store.snapshot(chat) == before
-    assert (await store.add_message(chat, "lost?", client_id="c2", generation="g2")).fresh, "it was never acknowledged"
+    assert (await store.add_message(chat, "lost?", client_id="c2", generation="g2")).fresh
+    assert "disk reported an error" in str(store.memory_only)
+    with pytest.raises(sqlite3.ProgrammingError):
+        real.execute("SELECT 1")  # closed: nobody knows what its pages are worth
+    assert await store.save_again()
+    await store.close()
+    store, _ = await reopened(tmp_path)
+    assert (await store.snapshot(chat)).messages[2].text == "lost?"
     await store.close()
 
 
@@ -131,11 +171,20 @@ async def test_a_removed_folder_is_noticed(tmp_path: Path) -> None:
     folder = tmp_path / "data"
     store, chat = await filled(folder)
     folder.rename(tmp_path / "elsewhere")
-    with pytest.raises(StorageReadOnly, match="moved or removed"):
-        await store.add_message(chat, "q", client_id="c2", generation="g2")
-    assert len((await store.snapshot(chat)).messages) == 2, "what is there can still be read and exported"
-    (tmp_path / "elsewhere").rename(folder)
     assert (await store.add_message(chat, "q", client_id="c2", generation="g2")).fresh
+    assert "moved or removed" in str(store.memory_only)
+    folder.mkdir()
+    (folder / "chats.sqlite").write_bytes(b"a stranger's")
+    assert not await store.save_again(), "another file in its place is not written to"
+    assert (folder / "chats.sqlite").read_bytes() == b"a stranger's"
+    (folder / "chats.sqlite").unlink()
+    folder.rmdir()
+    assert not await store.save_again()
+    (tmp_path / "elsewhere").rename(folder)
+    assert await store.save_again() and store.memory_only is None
+    await store.close()
+    store, _ = await reopened(folder)
+    assert (await store.snapshot(chat)).messages[2].text == "q"
     await store.close()
 
 
@@ -200,6 +249,32 @@ async def test_an_unreadable_file_is_kept_and_the_backup_taken(tmp_path: Path, k
     await store.close()
     store, notices = await reopened(tmp_path)
     assert notices == []
+    await store.close()
+
+
+async def test_a_large_file_is_checked_after_a_bad_end_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_files, "FULL_CHECK_BYTES", 0)
+    checks: list[str] = []
+    real = store_files.connect
+
+    def watched(path: Path, **options: Any) -> sqlite3.Connection:
+        connection = real(path, **options)
+        connection.set_trace_callback(lambda sql: checks.append(sql) if "quick_check" in sql else None)
+        return connection
+
+    monkeypatch.setattr(store_files, "connect", watched)
+    store, chat = await filled(tmp_path)
+    await store.close()
+    checks.clear()
+    store, _ = await reopened(tmp_path)
+    assert checks == [], "the last end was an orderly one"
+    assert store._connection is not None
+    store._connection.close()  # as a killed process leaves it
+    store._connection = None
+    await store.close()
+    store, _ = await reopened(tmp_path)
+    assert len(checks) == 1
+    assert (await store.snapshot(chat)).messages
     await store.close()
 
 
@@ -397,3 +472,75 @@ async def test_nothing_acknowledged_is_lost_to_a_kill(tmp_path: Path) -> None:
             await store.close()
     assert len(acknowledged) > rounds
     assert not list(tmp_path.glob("*.corrupt-*"))
+
+
+# -- real file systems, in a mount namespace of the test's own
+
+REAL_DISK = """
+import asyncio, subprocess, sys
+sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from modules.chat.store_sqlite import SqliteChatStore
+from modules.errors import StorageError, StorageFull, StorageReadOnly
+
+disk = Path(sys.argv[2])
+
+async def main():
+    store = SqliteChatStore(disk / "data")
+    await store.open()
+    chat = (await store.create()).id
+    change = await store.add_message(chat, "kept", client_id="c0", generation="g0")
+    assert await store.backup()
+    (disk / "filler").write_bytes(bytes(2_000_000))
+    number = 0
+    try:
+        while True:
+            number += 1
+            await store.checkpoint(change.node, "g0", "text " * 2000 * number)
+    except StorageFull as error:
+        assert "Free some space" in str(error)
+    kept = await store.snapshot(chat)
+    assert kept.messages[1].text == "text " * 2000 * (number - 1), "the last save that was acknowledged"
+    for _ in range(3):
+        try:
+            await store.add_message(chat, "x" * 300_000, client_id="big", generation="g1", parent=kept.messages[0].id)
+        except StorageFull:
+            pass
+        else:
+            raise AssertionError("it can't have fitted")
+    try:
+        await store.backup()
+    except StorageError:
+        pass
+    assert not list((disk / "data" / "backups").glob("*.part"))
+    (disk / "filler").unlink()
+    assert await store.finish(change.node, "g0", text="whole", status="complete")
+    await store.close()
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    try:
+        await SqliteChatStore(disk / "data").open()
+    except StorageReadOnly as error:
+        assert "can't be written" in str(error), error
+    else:
+        raise AssertionError("a read-only disk was taken")
+    subprocess.run(["mount", "-o", "remount,rw", str(disk)], check=True)
+    again = SqliteChatStore(disk / "data")
+    assert await again.open() == []
+    assert (await again.snapshot(chat)).messages[1].text == "whole"
+    await again.close()
+    print("ALL GOOD")
+
+asyncio.run(main())
+"""
+
+
+def test_a_real_disk_that_is_full_and_then_read_only(tmp_path: Path) -> None:
+    unshare = shutil.which("unshare")
+    if unshare is None:
+        pytest.skip("needs unshare(1)")
+    script = 'mount -t tmpfs -o size=3m tmpfs "$1" && echo MOUNTED && exec "$2" -c "$3" "$4" "$1"'
+    command = [unshare, "-rm", "sh", "-c", script, "sh", str(tmp_path), sys.executable, REAL_DISK, str(ROOT)]
+    done = subprocess.run(command, capture_output=True, encoding="utf-8", check=False, timeout=120)
+    if "MOUNTED" not in done.stdout:
+        pytest.skip(f"this system lets nobody mount a file system: {done.stderr.strip()[:100]}")
+    assert "ALL GOOD" in done.stdout, done.stderr

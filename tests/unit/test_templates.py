@@ -88,6 +88,7 @@ async def test_what_real_templates_use(renderer: TemplateRenderer) -> None:
     messages = [{"role": "user", "content": " <é> "}, *HELLO]
     prompt = await renderer.render(template, messages, tools=[{"name": "a<b>é"}])
     assert prompt == '<é>|[{"name": "a<b>é"}]|4||True'
+    assert await renderer.render("{{ tools is none }}{{ documents is none }}", HELLO) == "TrueTrue"
     assert await renderer.render("{{ {'b': 1} | tojson(indent=2) }}", HELLO) == '{\n  "b": 1\n}'
 
 

@@ -12,6 +12,8 @@ import { RunFollower } from './run.js';
 import { Thread } from './thread.js';
 import { fail, toast } from './toast.js';
 
+const running = (nodes) => nodes.findLast((node) => node.status === 'generating' && node.run);
+
 class Chat {
   constructor(root) {
     this.root = root;
@@ -53,13 +55,24 @@ class Chat {
     connect();
     on('conversation', debounce((event) => this.#changedElsewhere(event), 40));
     on('resync', () => this.chat && this.open(this.chat.id, { quiet: true }));
+    on('settings', () => this.#readSettings());
     on('notice', ({ level, text }) => toast(text, { level: level || 'info' }));
     const wanted = new URLSearchParams(location.search).get('c') || local.get('sy-chat');
     this.#show(null);
-    await Promise.all([this.list.refresh(), startModels(), wanted ? this.open(wanted, { missing: true }) : null]);
+    await Promise.all([this.#readSettings(), this.list.refresh(), startModels(), wanted ? this.open(wanted, { missing: true }) : null]);
     watchModels(() => this.#drawEmpty());
     this.root.dataset.ready = '1';
     if (!isPhone()) this.composer.focus();
+  }
+
+  async #readSettings() {
+    try {
+      const settings = await get('settings');
+      this.composer.ctrlEnter = settings.send_with === 'ctrl_enter';
+      this.root.classList.toggle('sy-no-receipts', settings.show_receipts === false);
+    } catch (error) {
+      if (error.code !== 'offline') fail(error);
+    }
   }
 
   // --- what is on screen ---
@@ -97,7 +110,11 @@ class Chat {
       this.composer.open(snapshot?.id || 'new');
       this.list.setCurrent(snapshot?.id || null);
       this.#remember(snapshot?.id);
-    } else this.thread.update(nodes);
+    } else {
+      // The stored end of an answer may arrive before its stream's: the view is then given back and drawn from the snapshot.
+      if (this.follower && this.follower.runId !== running(nodes)?.run) this.#unfollow();
+      this.thread.update(nodes);
+    }
     this.#follow(nodes);
     this.#drawHead();
     this.#drawEmpty();
@@ -135,8 +152,7 @@ class Chat {
   // --- following a generation ---
 
   #follow(nodes) {
-    const node = nodes.findLast((item) => item.status === 'generating' && item.run);
-    if (this.follower && this.follower.runId !== node?.run) this.#unfollow();
+    const node = running(nodes);
     this.composer.setBusy(Boolean(node));
     if (!node || this.follower) return;
     const view = this.thread.view(node.id);
@@ -154,7 +170,7 @@ class Chat {
   }
 
   #unfollow() {
-    this.follower?.dispose();
+    this.follower?.release();
     this.follower = null;
   }
 
@@ -207,7 +223,6 @@ class Chat {
         local.set('sy-draft-new', null);
         this.chat = created;
         this.composer.key = created.id;
-        this.composer.area.dispatchEvent(new Event('input'));
         this.#remember(created.id);
       }
       const body = { text, client_id: client, revision: this.chat.revision };
@@ -335,7 +350,7 @@ class Chat {
       Slash: showShortcuts,
     };
     document.addEventListener('keydown', (event) => {
-      if (document.querySelector('dialog[open]') || this.root.offsetParent === null) return;
+      if (document.querySelector('dialog[open]') || document.body.dataset.syPage !== 'chat') return;
       if (event.key === 'Escape' && this.root.classList.contains('sy-drawer-open')) this.drawer(false);
       else if (event.key === 'Escape' && this.follower) this.stop();
       else if (event.altKey && !event.ctrlKey && !event.metaKey && run[event.code]) run[event.code]();

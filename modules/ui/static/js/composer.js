@@ -1,6 +1,6 @@
 // The box one types into: grows with its text, keeps a draft per chat, turns into Stop while an answer is written.
 
-import { h, isPhone, local } from './dom.js';
+import { debounce, h, isPhone, local } from './dom.js';
 import { icon } from './icons.js';
 
 export class Composer {
@@ -9,6 +9,7 @@ export class Composer {
     this.onsend = onsend;
     this.busy = false;
     this.sending = false;
+    this.ctrlEnter = false;
     this.key = 'new';
     this.area = h('textarea', {
       rows: 1, placeholder: 'Message…', 'aria-label': 'Message', dir: 'auto', 'data-testid': 'composer', autocomplete: 'off', enterkeyhint: 'send',
@@ -31,7 +32,7 @@ export class Composer {
       this.submit();
     });
     this.area.addEventListener('keydown', (event) => {
-      if (event.key === 'Enter' && !event.shiftKey && !event.isComposing && !(isPhone() && matchMedia('(pointer: coarse)').matches)) {
+      if (event.key === 'Enter' && !event.isComposing && this.#sends(event)) {
         event.preventDefault();
         this.submit();
       } else if (event.key === 'ArrowUp' && !this.area.value && !event.altKey) {
@@ -39,10 +40,22 @@ export class Composer {
         oneditlast();
       }
     });
+    const keep = debounce(() => this.#keepDraft(), 150);
     this.area.addEventListener('input', () => {
-      this.#fit();
-      local.set(`sy-draft-${this.key}`, this.area.value);
+      this.frame ??= requestAnimationFrame(() => this.#fit());
+      keep();
     });
+    window.addEventListener('pagehide', () => this.#keepDraft());
+  }
+
+  #keepDraft() {
+    local.set(`sy-draft-${this.key}`, this.area.value);
+  }
+
+  #sends(event) {
+    if (event.ctrlKey || event.metaKey) return true;
+    // On a phone's keyboard Enter is the only way to a new line.
+    return !event.shiftKey && !this.ctrlEnter && !(isPhone() && matchMedia('(pointer: coarse)').matches);
   }
 
   async submit() {
@@ -70,6 +83,7 @@ export class Composer {
   /** Switch to another chat's draft. */
   open(key) {
     if (key === this.key && this.area.value) return;
+    if (this.area.value) this.#keepDraft();
     this.key = key;
     this.area.value = local.get(`sy-draft-${key}`, '');
     this.#fit();
@@ -100,6 +114,7 @@ export class Composer {
   }
 
   #fit() {
+    this.frame = null;
     this.area.style.height = 'auto';
     this.area.style.height = `${Math.min(this.area.scrollHeight, Math.max(120, innerHeight * 0.35))}px`;
   }

@@ -1,4 +1,4 @@
-// What a rendered message gets after sanitising: code headers, highlighting, formulas, images that wait for a click.
+// What a rendered message gets after sanitising: code headers, highlighting, formulas, links in place of remote images.
 
 import { copyText, h } from './dom.js';
 import { icon } from './icons.js';
@@ -19,7 +19,7 @@ export function decorate(root) {
     table.replaceWith(scroller);
     scroller.append(table);
   }
-  for (const image of root.querySelectorAll('img[data-sy-src]')) image.replaceWith(imageButton(image));
+  for (const image of root.querySelectorAll('img[data-sy-src]')) image.replaceWith(imageLink(image));
   drawMath(root).catch(() => toast('Formulas could not be drawn: the KaTeX files are missing.', { level: 'warning' }));
 }
 
@@ -90,7 +90,8 @@ function copySpan(node) {
   return span;
 }
 
-function imageButton(image) {
+/** The page never asks another host for anything (the server's CSP says so too): a remote image opens in a tab of its own. */
+function imageLink(image) {
   const source = image.dataset.sySrc;
   let host = 'another server';
   try {
@@ -98,15 +99,11 @@ function imageButton(image) {
   } catch {
     // The address is shown as it is in the tooltip.
   }
-  const button = h(
-    'button',
-    { type: 'button', class: 'sy-remote-image', title: source, 'data-testid': 'remote-image' },
+  return h(
+    'a',
+    { class: 'sy-remote-image', href: source, target: '_blank', rel: 'noopener noreferrer nofollow', title: source, 'data-testid': 'remote-image' },
     icon('image', 18),
-    h('span', {}, `Image from ${host}`),
-    h('small', {}, 'not loaded: click to show'),
+    h('span', { dir: 'auto' }, image.alt ? `${image.alt}: image from ${host}` : `Image from ${host}`),
+    h('small', {}, 'not loaded, opens in a new tab'),
   );
-  button.addEventListener('click', () =>
-    button.replaceWith(h('img', { src: source, alt: image.alt, referrerpolicy: 'no-referrer', loading: 'lazy', class: 'sy-image' })),
-  );
-  return button;
 }

@@ -33,7 +33,8 @@ export function emptyState(pick) {
     return block('No model yet', 'Put a model file or folder into the models folder, then open the Models page and press Refresh.',
       h('button', { type: 'button', class: 'sy-button sy-primary', onclick: () => window.switchyard?.page('models') }, 'Open the Models page'));
   }
-  const best = usable.find((model) => model.bundled) || usable[0];
+  const real = usable.filter((model) => model.format !== 'echo');
+  const best = real.find((model) => model.bundled) || real[0] || usable[0];
   return block('Load a model to start', `Choose one at the top of the page, or start with ${best.id}${best.size_bytes ? ` (${bytes(best.size_bytes)})` : ''}.`,
     h('button', { type: 'button', class: 'sy-button sy-primary', 'data-testid': 'load-first', onclick: () => loadModel({ model: best.id }) }, `Load ${best.id}`));
 }

@@ -11,11 +11,17 @@ const BLOCK = /^ {0,3}(?:\$\$((?:\\[\s\S]|[^\\$])+?)\$\$|\\\[([\s\S]+?)\\\])[ \t
 // A price list ("$5 and $6") is no formula: no space inside the dollars, no digit after the closing one.
 const INLINE = /^(?:\$\$((?:\\[\s\S]|[^\\$])+?)\$\$|\$(?![\s$])((?:\\[\s\S]|[^\\$\n])*?[^\s\\$]|\\[^\s])\$(?!\d)|\\\((.+?)\\\)|\\\[([\s\S]+?)\\\])/;
 
+/** marked asks every paragraph where the next formula begins; looking through the whole rest each time would be quadratic. */
+function firstParagraph(text) {
+  const end = text.indexOf('\n\n');
+  return end < 0 ? text : text.slice(0, end);
+}
+
 export const mathExtensions = [
   {
     name: 'mathBlock',
     level: 'block',
-    start: (text) => text.match(/(?:^|\n) {0,3}(?:\$\$|\\\[)/)?.index,
+    start: (text) => firstParagraph(text).match(/(?:^|\n) {0,3}(?:\$\$|\\\[)/)?.index,
     tokenizer(text) {
       const match = BLOCK.exec(text);
       if (match) return { type: 'mathBlock', raw: match[0], tex: (match[1] ?? match[2]).trim() };

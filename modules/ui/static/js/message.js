@@ -66,6 +66,13 @@ export class MessageView {
     this.update(node);
   }
 
+  abandonStream() {
+    this.streaming = false;
+    this.element.classList.remove('sy-streaming');
+    this.shown = null;
+    this.node = { ...this.node, status: '' };
+  }
+
   /** "Waiting, 2nd in the queue", "Reading the prompt, 40 %": shown until the first token. */
   setStatus(text, share = null) {
     if (!text) {
@@ -89,7 +96,7 @@ export class MessageView {
     const { node } = this;
     this.notes.replaceChildren();
     if (node.error) this.notes.append(this.#errorCard(node.error));
-    else if (node.status === 'interrupted') {
+    else if (node.status === 'interrupted' && node.receipt?.finish_reason !== 'cancelled') {
       this.notes.append(
         h('div', { class: 'sy-note', 'data-testid': 'interrupted' }, icon('info', 17), h('span', {}, 'This answer was interrupted.'),
           h('button', { type: 'button', class: 'sy-link', onclick: () => this.commands.continue(this.node) }, 'Continue it')),
@@ -223,6 +230,10 @@ export class MessageView {
   }
 }
 
+/** Whether two states of a node show the same bar and notes. A snapshot brings new objects for unchanged nodes. */
 function same(a, b) {
-  return a.status === b.status && a.receipt === b.receipt && a.error === b.error && String(a.siblings) === String(b.siblings);
+  return (
+    a.status === b.status && String(a.siblings) === String(b.siblings) && a.error?.message === b.error?.message &&
+    Boolean(a.receipt) === Boolean(b.receipt) && a.receipt?.total_ms === b.receipt?.total_ms
+  );
 }

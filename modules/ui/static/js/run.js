@@ -76,6 +76,13 @@ export class RunFollower {
     return post(`runs/${this.runId}/stop`);
   }
 
+  /** Stop looking and give the view back, to be drawn from a snapshot. */
+  release() {
+    this.dispose();
+    this.view.setStatus('');
+    this.view.abandonStream();
+  }
+
   /** Stop looking; the generation itself goes on. */
   dispose() {
     clearTimeout(this.timer);

@@ -6,7 +6,7 @@ import { bytes, h, isPhone, local } from './dom.js';
 import { icon, logo } from './icons.js';
 import { activeResident, loaderTitle, loadingResident, loadModel, modelName, models, unloadModel, watchModels } from './models.js';
 import { InstallBar } from './installs.js';
-import { saveSetting, saveSampling } from './settings.js';
+import { deletePreset, loadPreset, neutral, savePreset, saveParameter, saveSetting, saveStop } from './settings.js';
 import { setTheme, theme, THEMES, watchTheme } from './theme.js';
 import { fail, toast } from './toast.js';
 
@@ -17,7 +17,8 @@ class Shell {
     this.trigger = trigger;
     this.lamp = h('span', { class: 'sy-lamp' });
     this.words = h('span', { class: 'sy-state-words', dir: 'auto' });
-    this.state = h('button', { type: 'button', class: 'sy-state', 'data-testid': 'model-state', onclick: () => this.#stateClicked() }, this.lamp, this.words, icon('chevron', 16));
+    this.name = h('span', { class: 'sy-state-name', dir: 'auto' });
+    this.state = h('button', { type: 'button', class: 'sy-state', 'data-testid': 'model-state', onclick: () => this.#stateClicked() }, this.lamp, this.name, this.words, icon('chevron', 16));
     this.progress = h('div', { class: 'sy-load-progress', role: 'progressbar', 'aria-label': 'Loading the model', hidden: true }, h('div'));
     this.nav = h('nav', { class: 'sy-nav', 'aria-label': 'Pages' }, PAGES.map(([page, label, symbol]) =>
       h('button', { type: 'button', 'data-page': page, 'data-testid': `page-${page}`, onclick: () => this.page(page) }, icon(symbol, 18), h('span', {}, label))));
@@ -87,7 +88,12 @@ class Shell {
   // --- theme ---
 
   #nextTheme() {
-    setTheme(THEMES[(THEMES.indexOf(theme()) + 1) % THEMES.length]);
+    this.theme(THEMES[(THEMES.indexOf(theme()) + 1) % THEMES.length]);
+  }
+
+  theme(choice) {
+    setTheme(choice);
+    saveSetting('theme', choice);
     this.#drawTheme();
   }
 
@@ -112,18 +118,20 @@ class Shell {
     const percent = fraction === null ? '' : ` ${Math.round(fraction * 100)} %`;
     const words = {
       loading: () => `${loading.progress?.stage || 'Loading'}${percent}`,
-      failed: () => 'Load failed',
-      ready: () => `${modelName(resident)}${resident.memory_bytes ? ` · ${bytes(resident.memory_bytes)}` : ''}`,
+      failed: () => (failed.loaded_at ? 'Backend stopped' : 'Load failed'),
+      ready: () => (resident.memory_bytes ? bytes(resident.memory_bytes) : 'Ready'),
       empty: () => 'No model loaded',
     }[state]();
     this.words.textContent = words;
+    this.name.textContent = state === 'ready' ? modelName(resident) : '';
     this.state.title = resident ? this.#memoryWords(resident) : words;
     this.progress.hidden = state !== 'loading';
     this.progress.classList.toggle('sy-unknown', fraction === null);
     this.progress.firstChild.style.width = fraction === null ? '30%' : `${fraction * 100}%`;
     if (fraction !== null) this.progress.setAttribute('aria-valuenow', Math.round(fraction * 100));
     this.#refreshControls(state, resident);
-    this.#announceLoad(state, resident, failed);
+    this.#announceLoad(state, resident);
+    this.#showNewFailures();
   }
 
   #memoryWords(resident) {
@@ -142,8 +150,8 @@ class Shell {
     if (!first) this.trigger('models_changed');
   }
 
-  #announceLoad(state, resident, failed) {
-    const key = `${state}:${resident?.id ?? failed?.id ?? ''}`;
+  #announceLoad(state, resident) {
+    const key = `${state}:${resident?.id ?? ''}`;
     const before = this.announced;
     this.announced = key;
     if (before === undefined || before === key) return;
@@ -151,14 +159,22 @@ class Shell {
       const { memory_before: from, memory_after: to } = resident;
       toast(`${modelName(resident)} is ready.${from && to ? ` Memory: ${bytes(from)} before, ${bytes(to)} after.` : ''}`, { level: 'success' });
     }
-    if (state === 'failed') this.#showFailure(failed);
+  }
+
+  /** A load that failed beside a model that serves would go unseen in the lamp. */
+  #showNewFailures() {
+    const failed = models.residents.filter((item) => item.state === 'failed');
+    const fresh = this.failures && failed.find((item) => !this.failures.has(item.id));
+    if (models.state !== 'unknown') this.failures = new Set(failed.map((item) => item.id));
+    // A model that was loaded and then died has its card in the chat.
+    if (fresh && !fresh.loaded_at) this.#showFailure(fresh);
   }
 
   #showFailure(resident) {
     const error = resident.error || {};
     const tail = error.detail?.stderr || error.detail?.stderr_tail || '';
     openDialog({
-      title: `${modelName(resident)} did not load`,
+      title: resident.loaded_at ? `The backend of ${modelName(resident)} stopped` : `${modelName(resident)} did not load`,
       body: h('div', { 'data-testid': 'load-failure' }, h('p', { dir: 'auto' }, error.message || 'The backend gave no reason.'), error.hint ? h('p', { class: 'sy-hint' }, error.hint) : '',
         tail ? h('details', {}, h('summary', {}, 'Last lines of the backend'), h('pre', {}, Array.isArray(tail) ? tail.join('\n') : tail)) : ''),
       actions: [{ label: 'Close', value: null, primary: true }],
@@ -167,7 +183,7 @@ class Shell {
 
   #stateClicked() {
     const failed = models.residents.find((item) => item.state === 'failed');
-    if (models.state === 'failed' && failed) this.#showFailure(failed);
+    if (this.state.dataset.state === 'failed' && failed) this.#showFailure(failed);
     else document.body.classList.toggle('sy-models-open');
   }
 
@@ -209,6 +225,26 @@ class Shell {
   }
 }
 
+/** The form's options of `loader`; `table` rows are [loader, option, kind, default], as modules/ui/models.py makes them. */
+function optionsOf(loader, table, values) {
+  const options = {};
+  table.forEach(([owner, name, kind, standard], at) => {
+    let value = values[at];
+    if (owner !== loader || value === undefined) return;
+    if (kind === 'paths') value = String(value || '').split('\n').map((line) => line.trim()).filter(Boolean);
+    options[name] = value === '' && standard === null ? null : value;
+  });
+  return options;
+}
+
+// Gradio draws a page only when it is opened, so the choice is a style rule and no class on elements that may not be there yet.
+const chosenOptions = new CSSStyleSheet();
+document.adoptedStyleSheets.push(chosenOptions);
+
+function showOptions(loader) {
+  chosenOptions.replaceSync(loader ? `:is(body, #sy) .sy-options.sy-options-${CSS.escape(loader)} { display: block !important; }` : '');
+}
+
 /** Called by Gradio when the component is on the page. */
 export function mount({ element, trigger }) {
   const root = element.querySelector('.sy-topbar');
@@ -221,7 +257,16 @@ export function mount({ element, trigger }) {
     load: (model, loader, options) => shell.load(model, loader, options),
     unload: () => shell.unload(),
     install: (name) => shell.install(name),
+    refreshControls: () => trigger('models_changed'),
+    loadWith: (model, loader, table, values) => shell.load(model, loader, optionsOf(loader, table, values)),
+    showOptions,
+    theme: (choice) => shell.theme(choice),
     saveSetting,
-    saveSampling,
+    saveParameter,
+    saveStop,
+    loadPreset,
+    savePreset,
+    deletePreset,
+    neutral,
   };
 }

@@ -1,0 +1,202 @@
+"""Who may call: keys for programs, a cookie for browsers. Off when no key is configured (loopback only).
+
+A key comes as `Authorization: Bearer KEY`, `x-api-key: KEY` or `api-key: KEY`, by one code path, compared in constant time. A
+browser logs in once, with the one-time `?token=` that the server prints at start or with a key, and then holds a cookie
+that no script can read and no other site can send.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Literal
+from urllib.parse import parse_qsl, urlencode
+
+from fastapi import APIRouter, Request
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+
+from modules.api.body import parse_object
+from modules.api.errors import body_of
+from modules.errors import Forbidden, TooManyRequests, Unauthorized
+
+if TYPE_CHECKING:
+    from modules.config import Config
+
+Scope = Literal["user", "admin"]
+COOKIE = "switchyard_session"
+SESSION_S = 30 * 24 * 3600
+FAILURES, FAILURE_WINDOW_S = 10, 60.0
+FREE_PATHS = frozenset({"/health", "/login", "/favicon.ico"})
+ADMIN_PREFIXES = ("/ui-api/models/", "/ui-api/loaders/", "/v1/internal/model/", "/v1/internal/lora/")
+
+
+class AccessControl:
+    def __init__(self, keys: dict[str, Scope], *, secure_cookie: bool = False) -> None:
+        self._keys: list[tuple[bytes, Scope]] = [(_digest(key), scope) for key, scope in keys.items() if key]
+        self._secure = secure_cookie
+        self._sessions: dict[bytes, tuple[float, Scope]] = {}
+        self._one_time: bytes | None = None
+        self._failures: dict[str, list[float]] = {}
+        self._proven: set[tuple[str, bytes]] = set()
+
+    @classmethod
+    def of(cls, config: Config) -> AccessControl:
+        keys: dict[str, Scope] = {}
+        if config.api_key:
+            keys[config.api_key] = "user" if config.admin_key and config.admin_key != config.api_key else "admin"
+        if config.admin_key:
+            keys[config.admin_key] = "admin"
+        return cls(keys, secure_cookie=config.ssl_certfile is not None)
+
+    @property
+    def enabled(self) -> bool:
+        return bool(self._keys)
+
+    def login_url(self, url: str) -> str:
+        """The address to open in the operator's browser; with keys, it carries a token that works once."""
+        if not self.enabled:
+            return url
+        token = secrets.token_urlsafe(32)
+        self._one_time = _digest(token)
+        return f"{url}/?token={token}"
+
+    # --- checks -----------------------------------------------------------------------------------------------
+
+    def check(self, method: str, path: str, headers: Iterable[tuple[bytes, bytes]], client: str) -> None:
+        """Raises Unauthorized, Forbidden or TooManyRequests. One path for every form of credential."""
+        if not self.enabled or path in FREE_PATHS:
+            return
+        credentials, cookie = _credentials(headers)
+        scope = self._scope_of_keys(credentials, client) if credentials else self._scope_of_cookie(cookie)
+        if scope is None:
+            raise Unauthorized("A valid API key is needed.", hint="Send it as: Authorization: Bearer KEY.")
+        if scope != "admin" and method not in ("GET", "HEAD") and path.startswith(ADMIN_PREFIXES):
+            raise Forbidden("This needs the admin key.")
+
+    def _scope_of_keys(self, credentials: list[str], client: str) -> Scope | None:
+        """Several credentials must agree: a proxy's and a client's header must not be mixed up.
+
+        Raises TooManyRequests for an address that guesses; a key that this address has used before still passes, so that one
+        misconfigured program does not lock out the others beside it.
+        """
+        given = _digest(credentials[0])
+        if (client, given) not in self._proven:
+            self._check_rate(client)
+        scope = self._find(given) if len(set(credentials)) == 1 else None
+        if scope is None:
+            self._failed(client)
+        elif len(self._proven) < 10_000:
+            self._proven.add((client, given))
+        return scope
+
+    def _find(self, given: bytes) -> Scope | None:
+        found: Scope | None = None
+        for key, scope in self._keys:  # every key is compared, whichever matches
+            if hmac.compare_digest(key, given):
+                found = scope
+        return found
+
+    def _scope_of_cookie(self, cookie: str) -> Scope | None:
+        entry = self._sessions.get(_digest(cookie)) if cookie else None
+        return entry[1] if entry is not None and entry[0] > time.time() else None
+
+    def _check_rate(self, client: str) -> None:
+        now = time.monotonic()
+        recent = [t for t in self._failures.get(client, ()) if now - t < FAILURE_WINDOW_S]
+        if recent:
+            self._failures[client] = recent
+        else:
+            self._failures.pop(client, None)
+        if len(recent) >= FAILURES:
+            raise TooManyRequests("Too many wrong keys from this address.", hint="Wait a minute.")
+
+    def _failed(self, client: str) -> None:
+        if len(self._failures) > 10_000:
+            self._failures.clear()
+        self._failures.setdefault(client, []).append(time.monotonic())
+
+    # --- the browser ------------------------------------------------------------------------------------------
+
+    def take_token(self, path: str, query: str) -> Response | None:
+        """A redirect that sets the cookie, for a GET with a valid one-time token."""
+        pairs = parse_qsl(query, keep_blank_values=True)
+        token = next((value for name, value in pairs if name == "token"), None)
+        if not self.enabled or token is None or self._one_time is None:
+            return None
+        if not hmac.compare_digest(self._one_time, _digest(token)):
+            return None
+        self._one_time = None
+        rest = urlencode([pair for pair in pairs if pair[0] != "token"])
+        response = RedirectResponse("/" + path.lstrip("/") + (f"?{rest}" if rest else ""), status_code=303)
+        self._set_cookie(response, "admin")
+        return response
+
+    def _set_cookie(self, response: Response, scope: Scope) -> None:
+        now = time.time()
+        self._sessions = {key: entry for key, entry in self._sessions.items() if entry[0] > now}
+        session = secrets.token_urlsafe(32)
+        self._sessions[_digest(session)] = (now + SESSION_S, scope)
+        response.set_cookie(COOKIE, session, max_age=SESSION_S, httponly=True, samesite="strict", secure=self._secure, path="/")
+
+    def build_router(self) -> APIRouter:
+        router = APIRouter(include_in_schema=False)
+
+        @router.get("/login")
+        async def page() -> Response:
+            return HTMLResponse(LOGIN_PAGE, headers={"Cache-Control": "no-store"})
+
+        @router.post("/login")
+        async def login(request: Request) -> Response:
+            body = await request.body()
+            form = request.headers.get("content-type", "").startswith("application/x-www-form-urlencoded")
+            fields = dict(parse_qsl(body.decode("utf-8", "replace"))) if form else parse_object(body)
+            client = request.client.host if request.client else ""
+            scope = self._scope_of_keys([str(fields.get("key", ""))], client)
+            if scope is None:
+                if form:
+                    return HTMLResponse(LOGIN_PAGE.replace("<!--say-->", "That key is not right."), status_code=401)
+                return JSONResponse(body_of(Unauthorized("That key is not right.")), status_code=401)
+            response: Response = RedirectResponse("./", status_code=303) if form else JSONResponse({"ok": True})
+            self._set_cookie(response, scope)
+            return response
+
+        return router
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).digest()
+
+
+def _credentials(headers: Iterable[tuple[bytes, bytes]]) -> tuple[list[str], str]:
+    """(keys sent in any header, session cookie)."""
+    found: list[str] = []
+    cookie = ""
+    for name, value in headers:
+        if name == b"authorization":
+            scheme, _, key = value.decode("latin-1").partition(" ")
+            found.append(key if scheme.lower() == "bearer" else "")
+        elif name in (b"x-api-key", b"api-key"):
+            found.append(value.decode("latin-1"))
+        elif name == b"cookie":
+            for pair in value.decode("latin-1").split(";"):
+                key, _, content = pair.strip().partition("=")
+                cookie = content if key == COOKIE else cookie
+    return found, cookie
+
+
+LOGIN_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Switchyard: log in</title><style>
+:root { color-scheme: light dark }
+body { margin: 0; min-height: 100vh; display: grid; place-items: center; font: 16px/1.5 system-ui, sans-serif }
+form { display: grid; gap: .8rem; width: min(20rem, 80vw) }
+input, button { font: inherit; padding: .6rem .8rem; min-height: 44px; box-sizing: border-box }
+p { margin: 0; min-height: 1.5em }
+</style></head><body>
+<form method="post" action="login"><label for="key">API key of this Switchyard server</label>
+<input id="key" name="key" type="password" autocomplete="current-password" required autofocus>
+<button>Log in</button><p role="alert"><!--say--></p></form></body></html>
+"""

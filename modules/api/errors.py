@@ -1,0 +1,72 @@
+"""Every failure as the OpenAI error body, on every path. Nothing of the input, no path and no traceback goes out."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from starlette.responses import JSONResponse
+
+from modules.errors import AppError, Conflict, InvalidParameter, MethodNotAllowed, NotFound, RequestError
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+    from fastapi.exceptions import RequestValidationError
+    from starlette.exceptions import HTTPException
+    from starlette.requests import Request
+
+log = logging.getLogger(__name__)
+
+
+def body_of(error: AppError) -> dict[str, Any]:
+    """The body; a conflict also carries what is current, for the page to merge."""
+    body = error.openai_body()
+    if isinstance(error, Conflict) and error.detail:
+        body["error"]["detail"] = error.detail
+    return body
+
+
+def response_of(error: AppError) -> JSONResponse:
+    headers = {"Retry-After": "2"} if error.http_status in (429, 503) else None
+    return JSONResponse(body_of(error), status_code=error.http_status, headers=headers)
+
+
+async def _app_error(request: Request, error: AppError) -> JSONResponse:
+    if error.http_status >= 500:
+        log.warning("%s %s: %s", request.method, request.url.path, error)
+    return response_of(error)
+
+
+async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
+    known: dict[int, RequestError] = {
+        404: NotFound("There is nothing at this address.", hint="/docs lists the API."),
+        405: MethodNotAllowed(f"This address does not take {request.method}."),
+    }
+    failure = known.get(error.status_code)
+    if failure is None:
+        body = {"error": {"message": str(error.detail), "type": "invalid_request_error", "param": None, "code": "http_error"}}
+        return JSONResponse(body, status_code=error.status_code, headers=dict(error.headers or {}))
+    headers = {k: v for k, v in (error.headers or {}).items() if k.lower() == "allow"}
+    return JSONResponse(failure.openai_body(), status_code=failure.http_status, headers=headers)
+
+
+async def _validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
+    first = error.errors()[0]
+    param = ".".join(str(part) for part in first["loc"][1:])[:64] or None
+    return response_of(InvalidParameter(f"{param or 'The request'}: {first['msg']}.", param=param))
+
+
+async def _unexpected(request: Request, error: Exception) -> JSONResponse:
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return response_of(AppError("The server failed at this request.", hint="Its log says why."))
+
+
+def install(app: FastAPI) -> None:
+    """Register the handlers."""
+    from fastapi.exceptions import RequestValidationError
+    from starlette.exceptions import HTTPException
+
+    app.add_exception_handler(AppError, _app_error)  # type: ignore[arg-type]
+    app.add_exception_handler(HTTPException, _http_error)  # type: ignore[arg-type]
+    app.add_exception_handler(RequestValidationError, _validation_error)  # type: ignore[arg-type]
+    app.add_exception_handler(Exception, _unexpected)

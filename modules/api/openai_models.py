@@ -1,0 +1,248 @@
+"""The bodies of the OpenAI endpoints, strict: true and "12" are no integers, and nothing is taken that has no meaning.
+
+Sampling parameters are not listed here: every name and alias of modules.sampling is accepted as an extra field and checked
+by that table. What else is extra is either refused (what the operator owns) or named in the answer's `warnings`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from modules import sampling
+from modules.errors import InvalidParameter, UnsupportedParameter
+
+MAX_STOPS, MAX_STOP_CHARS = 64, 256
+MAX_TOTAL_TOKENS = 4_000_000
+ModelT = TypeVar("ModelT", bound=BaseModel)
+MaxTokens = Annotated[int, Field(ge=1, le=2**31 - 1)]
+
+# OpenAI's own fields that mean nothing to a local engine: bookkeeping is taken in silence, the rest gets a warning.
+BOOKKEEPING = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"})
+NO_EFFECT = frozenset(
+    "store service_tier parallel_tool_calls reasoning_effort verbosity modalities prediction truncation include".split()
+)
+# The operator's: paths, trust and templates are set where the server is, never by a request.
+OWNED_BY_OPERATOR = frozenset(
+    "trust_remote_code model_dir model_path extra_flags loader lora lora_path chat_template user_id api_key".split()
+)
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    include_usage: bool | None = None
+
+
+class JsonSchemaFormat(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    name: str | None = None
+    description: str | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+class Message(BaseModel):
+    """`content` is text or a list of parts; it is checked by `text_of`."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Any = None
+    name: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    tool_call_id: str | None = None
+
+
+class Common(BaseModel):
+    """What both endpoints take."""
+
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = Field(None, le=2**31 - 1)
+    min_tokens: int | None = Field(None, ge=0, le=2**31 - 1)
+    n: int | None = Field(None, ge=1, le=128)
+    stop: Any = None
+    stop_token_ids: list[Annotated[int, Field(ge=0, le=2**31 - 1)]] | None = Field(None, max_length=MAX_STOPS)
+    grammar: str | None = None
+    grammar_string: str | None = None
+    json_schema: dict[str, Any] | None = None
+    regex: str | None = None
+    strict: bool | None = None
+
+    def stops(self) -> tuple[str, ...]:
+        """The stop sequences. Raises InvalidParameter."""
+        given = [self.stop] if isinstance(self.stop, str) else self.stop
+        if given is None:
+            return ()
+        if not isinstance(given, list) or not all(isinstance(item, str) for item in given):
+            raise InvalidParameter("stop must be a string or a list of strings.", param="stop")
+        if len(given) > MAX_STOPS or any(not 0 < len(item) <= MAX_STOP_CHARS for item in given):
+            raise InvalidParameter(
+                f"stop must hold at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters.", param="stop"
+            )
+        return tuple(given)
+
+    def extras(self) -> tuple[dict[str, Any], list[str]]:
+        """(checked sampling parameters, warnings about fields without effect). Raises InvalidParameter."""
+        values: dict[str, Any] = {}
+        warnings: list[str] = []
+        for name, value in (self.model_extra or {}).items():
+            if name in OWNED_BY_OPERATOR or name.startswith("__"):
+                raise InvalidParameter(f"{_shown(name)} is set by the server's operator, not by a request.", param=_shown(name))
+            if name in sampling.PARAMETERS or name in sampling.ALIASES:
+                values[name] = value
+            elif name not in BOOKKEEPING and value is not None:
+                known = "has no effect here" if name in NO_EFFECT else "is not known and has no effect"
+                warnings.append(f"{_shown(name)} {known}.")
+        return sampling.check(values), warnings[:32]
+
+
+class ChatRequest(Common):
+    messages: list[Message] = Field(min_length=1, max_length=100_000)
+    max_completion_tokens: MaxTokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    response_format: ResponseFormat | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: Any = None
+    functions: Any = None
+    function_call: Any = None
+
+
+class CompletionRequest(Common):
+    prompt: Any = None
+    echo: bool | None = None
+    logprobs: int | None = Field(None, ge=0, le=20)
+    best_of: int | None = Field(None, ge=1, le=128)
+    suffix: str | None = None
+    add_special: bool | None = None
+    response_format: ResponseFormat | None = None
+
+    def prompts(self) -> list[str | list[int]]:
+        """One or several, as text or token ids. Raises InvalidParameter."""
+        prompt = self.prompt
+        if isinstance(prompt, str):
+            return [prompt]
+        if not isinstance(prompt, list) or not prompt:
+            raise InvalidParameter("prompt must be a string, a list of strings, or token ids.", param="prompt")
+        if all(_is_token(item) for item in prompt):
+            return [prompt]
+        if len(prompt) > 128:
+            raise InvalidParameter("prompt may hold at most 128 prompts.", param="prompt")
+        for index, item in enumerate(prompt):
+            tokens = isinstance(item, list) and item and all(_is_token(token) for token in item)
+            if not isinstance(item, str) and not tokens:
+                raise InvalidParameter("A prompt must be a string or a list of token ids.", param=f"prompt.{index}")
+        return list(prompt)
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def parse(model: type[ModelT], body: dict[str, Any]) -> ModelT:
+    """The checked body. Raises InvalidParameter for the first thing wrong, with its path as `param`."""
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        path = [str(part) for part in first["loc"] if not _type_word(part)]
+        param = _shown(".".join(path)) or None
+        if first["type"] == "missing":
+            raise InvalidParameter(f"{param} is missing.", param=param) from None
+        raise InvalidParameter(f"{param}: {_sentence(first['msg'])}", param=param) from None
+
+
+def messages_of(request: ChatRequest) -> list[dict[str, Any]]:
+    """The messages as a chat template takes them. Raises InvalidParameter or UnsupportedParameter with the index."""
+    result: list[dict[str, Any]] = []
+    for index, message in enumerate(request.messages):
+        param = f"messages.{index}"
+        role = "system" if message.role == "developer" else message.role
+        if role == "tool" and not message.tool_call_id:
+            raise InvalidParameter("A tool message needs the tool_call_id it answers.", param=f"{param}.tool_call_id")
+        if message.content is None and not (role == "assistant" and message.tool_calls):
+            raise InvalidParameter("A message needs content.", param=f"{param}.content")
+        if message.name is not None and re.search(r"[\x00-\x1f\x7f]", message.name):
+            raise InvalidParameter("A name holds a control character.", param=f"{param}.name")
+        entry: dict[str, Any] = {"role": role, "content": _text_of(message.content, f"{param}.content")}
+        if message.name:
+            entry["name"] = message.name
+        if message.tool_calls:
+            entry["tool_calls"] = message.tool_calls
+        if message.tool_call_id:
+            entry["tool_call_id"] = message.tool_call_id
+        result.append(entry)
+    return result
+
+
+def _text_of(content: Any, param: str) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list) or not content:
+        raise InvalidParameter("content must be text or a list of parts.", param=param)
+    parts = []
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind in ("image_url", "input_image", "input_audio", "file", "image"):
+            raise UnsupportedParameter("Images, audio and files can't be read by this model.", param=f"{param}.{index}")
+        if kind not in ("text", "input_text") or not isinstance(part.get("text"), str):
+            raise InvalidParameter('A part must be {"type": "text", "text": …}.', param=f"{param}.{index}")
+        parts.append(part["text"])
+    return "".join(parts)
+
+
+def schema_of(model: type[BaseModel]) -> dict[str, Any]:
+    """The JSON schema of a body for /docs, sampling parameters included."""
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    definitions = schema.pop("$defs", {})
+    kinds = {"float": "number", "int": "integer", "bool": "boolean", "strings": "array", "names": "array", "bias": "object"}
+    for parameter in sampling.PARAMETERS.values():
+        entry: dict[str, Any] = {"type": kinds[parameter.kind], "description": parameter.help}
+        if parameter.minimum is not None:
+            entry["minimum"] = parameter.minimum
+        if parameter.maximum is not None:
+            entry["maximum"] = parameter.maximum
+        if parameter.kind in ("strings", "names"):
+            entry["items"] = {"type": "string"}
+        schema["properties"].setdefault(parameter.name, entry)
+
+    def inline(value: Any) -> Any:
+        if isinstance(value, dict):
+            if "$ref" in value:
+                return inline(definitions[value["$ref"].rpartition("/")[2]])
+            return {key: inline(item) for key, item in value.items()}
+        return [inline(item) for item in value] if isinstance(value, list) else value
+
+    return dict(inline(schema))
+
+
+def _type_word(part: Any) -> bool:
+    """pydantic names the branch of a union in the path."""
+    return isinstance(part, str) and (part in ("str", "int", "bool", "float", "dict") or "[" in part)
+
+
+def _sentence(message: str) -> str:
+    return message[:1].upper() + message[1:].rstrip(".") + "."
+
+
+def _shown(name: str) -> str:
+    """A client's own field name, fit for a message."""
+    return re.sub(r"[^\w.\-]", "?", name)[:64]

@@ -1,0 +1,142 @@
+"""The page's routes for models and backends: what is there, what can take what and why not, load, unload, install."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any, cast
+
+from fastapi import APIRouter, Request
+from starlette.responses import JSONResponse
+
+from modules.api.ui_body import Body
+from modules.errors import AppError, InvalidParameter, NotFound
+from modules.registry import rank
+from modules.schema import to_wire
+
+if TYPE_CHECKING:
+    from modules.residents import Resident, WhenBusy
+    from modules.schema import LoaderSpec, ModelFiles
+    from modules.services import Services
+
+log = logging.getLogger(__name__)
+
+MAX_NAME = 1000
+WHEN_BUSY = ("finish", "cancel", "beside")
+
+
+def build_router(services: Services) -> APIRouter:
+    """`/ui-api/models` and `/ui-api/loaders`."""
+    router = APIRouter(prefix="/ui-api", include_in_schema=False)
+    manager = services.manager
+    savers: set[asyncio.Task[None]] = set()
+
+    @router.get("/models")
+    async def models() -> JSONResponse:
+        listed = await asyncio.to_thread(_listed, services)
+        return JSONResponse({**listed, **manager.snapshot()})
+
+    @router.post("/models/load")
+    async def load(request: Request) -> JSONResponse:
+        """Begins the load; how it goes comes as `models` events."""
+        body = await Body.of(request)
+        model, loader = body.text("model", limit=MAX_NAME), body.optional_text("loader", limit=MAX_NAME)
+        options = body.optional_object("options")
+        when_busy = cast("WhenBusy", body.choice("when_busy", WHEN_BUSY, "finish"))
+        keep_others = body.flag("keep_others")
+        body.end()
+        if loader is not None and loader not in services.specs:
+            raise InvalidParameter("There is no such backend.", param="loader")
+        resident = await manager.begin_load(model, loader, options, keep_others=keep_others, when_busy=when_busy)
+        if loader is not None or options:
+            task = asyncio.create_task(_remember(services, resident, options or {}))
+            savers.add(task)
+            task.add_done_callback(savers.discard)
+        return JSONResponse({"resident": to_wire(resident)})
+
+    @router.post("/models/unload")
+    async def unload(request: Request) -> JSONResponse:
+        body = await Body.of(request)
+        resident = body.optional_text("resident", limit=MAX_NAME)
+        when_busy = cast("WhenBusy", body.choice("when_busy", WHEN_BUSY[:2], "finish"))
+        body.end()
+        return JSONResponse(await manager.unload(resident, when_busy))
+
+    @router.post("/models/activate")
+    async def activate(request: Request) -> JSONResponse:
+        body = await Body.of(request)
+        resident = body.text("resident", limit=MAX_NAME)
+        body.end()
+        return JSONResponse({"resident": to_wire(await manager.activate(resident))})
+
+    @router.get("/models/settings")
+    async def model_settings(model: str) -> JSONResponse:
+        """What is remembered for one model: its backend, and the options that differ from each backend's defaults."""
+        saved = services.model_settings
+        options = {name: saved.options(model, name) for name in services.specs if saved.options(model, name)}
+        return JSONResponse({"loader": saved.loader(model), "options": options})
+
+    def overlay_of(name: str) -> str:
+        spec = services.specs.get(name)
+        if spec is None:
+            raise NotFound("There is no such backend.", param="name")
+        if spec.overlay is None:
+            raise InvalidParameter(f"{spec.title} needs no installation.", param="name")
+        return spec.overlay
+
+    @router.post("/loaders/{name}/install")
+    async def install(name: str) -> JSONResponse:
+        return JSONResponse({"install": services.installs.install(overlay_of(name))})
+
+    @router.post("/loaders/{name}/install/cancel")
+    async def cancel_install(name: str) -> JSONResponse:
+        await services.installs.cancel(overlay_of(name))
+        return JSONResponse({})
+
+    return router
+
+
+async def _remember(services: Services, resident: Resident, options: dict[str, Any]) -> None:
+    """A model's options are kept once it has loaded with them: a set that does not load must not come back by itself."""
+    try:
+        await services.manager.wait(resident.id)
+    except AppError:
+        return  # the page has it from the manager's own event
+    saved = services.model_settings.options(resident.model.id, resident.loader)
+    try:
+        await asyncio.to_thread(services.model_settings.save, resident.model.id, resident.loader, {**saved, **options})
+    except AppError as error:
+        services.chat.notify("warning", f"The load options of {resident.model.id} were not kept: {error}")
+
+
+def _listed(services: Services) -> dict[str, Any]:
+    specs = list(services.specs.values())
+    return {
+        "models": [_model(services, model, specs) for model in services.library.list()],
+        "loaders": [_loader(services, spec) for spec in specs],
+    }
+
+
+def _model(services: Services, model: ModelFiles, specs: list[LoaderSpec]) -> dict[str, Any]:
+    choices = rank(model, specs, services.overlays)
+    loaders = [
+        {"name": c.spec.name, "title": c.spec.title, "ok": c.ok, "reason": c.reason or None, "installed": c.installed}
+        for c in choices
+    ]
+    return {**to_wire(model), "loaders": loaders}
+
+
+def _loader(services: Services, spec: LoaderSpec) -> dict[str, Any]:
+    status = services.overlays.status(spec)
+    reason = services.overlays.unavailable(spec)
+    return {
+        "name": spec.name,
+        "title": spec.title,
+        "summary": spec.summary,
+        "installed": status.installed and status.importable,
+        "ready": reason is None,
+        "reason": reason,
+        "fix": status.fix or None,
+        "overlay": spec.overlay,
+        "options": [to_wire(option) for option in spec.options],
+    }

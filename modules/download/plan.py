@@ -1,0 +1,145 @@
+"""Which files of a repository to fetch: safetensors or GGUF with what belongs to them; code and pickles never."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from modules.errors import InvalidParameter, UnsafeModel
+from modules.paths import name_problem
+
+MAX_FILES = 20_000
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".joblib", ".npy", ".npz")
+_CODE = (".py", ".pyc", ".so", ".dll", ".dylib", ".exe", ".sh", ".bat", ".cmd", ".ps1", ".jar", ".ipynb", ".wasm")
+_OTHER_WEIGHTS = (".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite", ".mlmodel", ".mlpackage", ".engine", ".nemo")
+_ARCHIVES = (".zip", ".7z", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".rar")
+_SIDECARS = (".json", ".jinja", ".model", ".tiktoken", ".md", ".txt", ".yaml", ".yml")
+_NAMED = re.compile(r"(licen[cs]e|notice|copying|readme|use_policy)\b.*", re.IGNORECASE)
+_SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)")
+
+
+@dataclass(frozen=True, slots=True)
+class RepoFile:
+    """One file of a repository at one commit. `sha256` for large files, `git_sha1` (of git's blob) for the others."""
+
+    path: str
+    size: int
+    sha256: str | None = None
+    git_sha1: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DownloadPlan:
+    """`skipped` maps a path to the reason, for the pickles, code and other forms a user may wonder about."""
+
+    repo: str
+    commit: str
+    files: tuple[RepoFile, ...]
+    skipped: dict[str, str]
+
+    @property
+    def total_bytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+
+def choose_files(repo: str, commit: str, files: Sequence[RepoFile], include: Sequence[str] = ()) -> DownloadPlan:
+    """Pick the files of `repo`. `include` patterns (shell style) name the weights wanted; configuration and tokenizer come along.
+
+    Raises UnsafeModel when there are only pickles, InvalidParameter when a choice between several GGUFs is the user's, or when a
+    pattern matches nothing.
+    """
+    skipped: dict[str, str] = {}
+    usable = [file for file in files if not _refused(file, skipped)]
+    sidecars = [file for file in usable if _is_sidecar(file.path)]
+    weights = [file for file in usable if file.path.endswith((".safetensors", ".gguf"))]
+    if include:
+        chosen = [file for file in usable if any(_matches(file.path, pattern) for pattern in include)]
+        if not chosen:
+            raise _nothing_matched(include, weights, skipped)
+        _note_rest(weights, chosen, "not asked for", skipped)
+    else:
+        chosen = _default_weights(repo, weights, skipped)
+    if any(file.path.endswith(".gguf") for file in chosen) and not any(file.path.endswith(".safetensors") for file in chosen):
+        sidecars = [file for file in sidecars if file.path.lower().endswith((".md", ".txt")) or _NAMED.fullmatch(file.path)]
+    wanted = {file.path: file for file in (*chosen, *sidecars)}
+    return DownloadPlan(repo, commit, tuple(wanted[path] for path in sorted(wanted)), skipped)
+
+
+def _refused(file: RepoFile, skipped: dict[str, str]) -> bool:
+    """Whether a file is never fetched, whatever is asked for; the reason goes into `skipped`."""
+    path = file.path
+    lowered = path.lower()
+    parts = path.split("/")
+    if parts[-1].startswith("."):
+        return True
+    if problem := next((problem for part in parts if (problem := name_problem(part))), None):
+        skipped[ascii(path)[1:-1][:100]] = f"its name {problem}"
+    elif lowered.endswith(_PICKLES):
+        skipped[path] = "a pickle, which can run code when it is opened"
+    elif lowered.endswith(_CODE):
+        skipped[path] = "program code"
+    elif lowered.endswith(_ARCHIVES):
+        skipped[path] = "an archive"
+    elif lowered.endswith(_OTHER_WEIGHTS):
+        skipped[path] = "weights for another program"
+    else:
+        return False
+    return True
+
+
+def _is_sidecar(path: str) -> bool:
+    return "/" not in path and (path.lower().endswith(_SIDECARS) or _NAMED.fullmatch(path) is not None)
+
+
+def _default_weights(repo: str, weights: list[RepoFile], skipped: dict[str, str]) -> list[RepoFile]:
+    safetensors = [file for file in weights if file.path.endswith(".safetensors") and "/" not in file.path]
+    # consolidated.* is the same model once more, in its first publisher's layout.
+    plain = [file for file in safetensors if not file.path.startswith("consolidated")]
+    if plain:
+        _note_rest(weights, plain, "the safetensors are fetched", skipped)
+        return plain
+    ggufs = [file for file in weights if file.path.endswith(".gguf")]
+    models = {_SHARD.sub("", file.path) for file in ggufs if "mmproj" not in file.path.lower()}
+    if len(models) == 1:
+        return [file for file in ggufs if _SHARD.sub("", file.path) in models]
+    if models:
+        sizes = {name: sum(file.size for file in ggufs if _SHARD.sub("", file.path) == name) for name in sorted(models)}
+        listed = ", ".join(f"{name} ({size / 1e9:.1f} GB)" for name, size in list(sizes.items())[:20])
+        raise InvalidParameter(
+            f"{repo} holds {len(models)} GGUF models: {listed}.",
+            hint="Choose one with --include, such as '*Q4_K_M*'.",
+            param="include",
+        )
+    if safetensors or weights:
+        return safetensors or weights
+    pickles = [path for path, reason in skipped.items() if reason.startswith("a pickle")]
+    if pickles:
+        raise UnsafeModel(
+            f"{repo} has its weights only as pickles ({pickles[0]}), which can run any code when they are opened.",
+            hint="Look for a copy of the model in safetensors or GGUF.",
+        )
+    raise InvalidParameter(
+        f"{repo} holds no weights this product reads.", hint="Choose a repository with .safetensors or .gguf files."
+    )
+
+
+def _nothing_matched(include: Sequence[str], weights: list[RepoFile], skipped: dict[str, str]) -> InvalidParameter | UnsafeModel:
+    refused = next((path for path in skipped if any(_matches(path, pattern) for pattern in include)), None)
+    if refused:
+        return UnsafeModel(f"{refused} is not fetched: it is {skipped[refused]}.", hint="Choose .safetensors or .gguf files.")
+    names = ", ".join(file.path for file in weights[:10]) or "none"
+    return InvalidParameter(f"No file matches {', '.join(include)}.", hint=f"The weights there are: {names}.", param="include")
+
+
+def _matches(path: str, pattern: str) -> bool:
+    return fnmatch.fnmatchcase(path.lower(), pattern.lower()) or fnmatch.fnmatchcase(
+        path.rpartition("/")[2].lower(), pattern.lower()
+    )
+
+
+def _note_rest(weights: list[RepoFile], chosen: list[RepoFile], reason: str, skipped: dict[str, str]) -> None:
+    for file in weights:
+        if file not in chosen:
+            skipped.setdefault(file.path, reason)

@@ -1,0 +1,50 @@
+"""Everything a route, the page or a subcommand may need, built once and handed round; no module-level state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from modules.chat.service import ChatService
+    from modules.chat.store_sqlite import SqliteChatStore
+    from modules.chat.templates import TemplateRenderer
+    from modules.config import Config
+    from modules.events import EventBus
+    from modules.generation import Runs
+    from modules.installs import InstallManager
+    from modules.library import LocalLibrary
+    from modules.model_manager import ModelManager
+    from modules.overlays import Overlays
+    from modules.presets import Presets
+    from modules.residents import Resident
+    from modules.schema import LoaderSpec
+    from modules.settings import ModelSettings, Settings
+
+
+@dataclass
+class Services:
+    """Built by `modules.wiring`; belongs to one event loop, `loop` once it runs."""
+
+    config: Config
+    specs: dict[str, LoaderSpec]
+    overlays: Overlays
+    library: LocalLibrary
+    events: EventBus
+    manager: ModelManager
+    runs: Runs
+    templates: TemplateRenderer
+    settings: Settings
+    model_settings: ModelSettings
+    presets: Presets
+    store: SqliteChatStore
+    installs: InstallManager
+    chat: ChatService = None  # type: ignore[assignment]  # set by modules.app, which it is built from
+    ui_state: Literal["off", "starting", "ready", "failed"] = "off"
+    loop: asyncio.AbstractEventLoop | None = None
+
+    def chat_template(self, resident: Resident) -> str | None:
+        """The template a model's messages are rendered with; None is the plain fallback."""
+        return resident.info.chat_template if resident.info is not None else None

@@ -1,0 +1,194 @@
+"""Loading, switching and unloading from the page; crashes; generation parameters and presets."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from modules.sampling import PARAMETERS
+from tests.ui.conftest import answer, body, ready, send, wait
+
+if TYPE_CHECKING:
+    from tests.ui.conftest import Server, Visit
+
+
+@pytest.fixture
+def fresh_echo(server: Server) -> Iterator[None]:
+    """Whatever a test does to the model or the settings, the next one finds the echo model and the defaults."""
+    before = server.api("GET", "/ui-api/settings")
+    yield
+    server.api("PUT", "/ui-api/settings", {name: before[name] for name in ("sampling", "max_tokens", "stop", "preset")})
+    server.load_echo()
+
+
+def active(server: Server) -> dict[str, Any] | None:
+    state = server.api("GET", "/ui-api/models")
+    return next((r for r in state["residents"] if r["id"] == state["active"]), None)
+
+
+@pytest.mark.usefixtures("fresh_echo")
+def test_unload_and_load_from_the_top_bar(visit: Visit, server: Server) -> None:
+    page = visit.open()
+    expect(page.get_by_test_id("model-state")).to_have_attribute("data-state", "ready")
+    page.locator("#sy-unload").click()
+    expect(page.get_by_test_id("toasts")).to_contain_text(re.compile(r"Memory: .* before, .* after"))
+    expect(page.get_by_test_id("model-state")).to_have_attribute("data-state", "empty")
+    expect(page.get_by_test_id("empty")).to_contain_text("Load a model to start")
+    send(page, "is anybody there?")
+    expect(page.locator(".sy-toast, [data-testid=error-card]").first).to_contain_text(re.compile("[Nn]o model"))
+    page.locator("#sy-model input").click()
+    page.get_by_role("option", name="echo").first.click()
+    page.locator("#sy-load").click()
+    expect(page.get_by_test_id("model-state")).to_have_attribute("data-state", "ready")
+    loaded = active(server)
+    assert loaded is not None
+    assert loaded["loader"] == "echo"
+
+
+@pytest.mark.usefixtures("fresh_echo")
+def test_a_load_shows_its_progress_and_an_option_of_the_form_counts(visit: Visit, server: Server) -> None:
+    page = visit.open()
+    page.get_by_test_id("page-models").click()
+    form = page.locator("#sy-o-echo-load_seconds input")
+    form.fill("2")
+    form.blur()
+    page.locator("#sy-load").click()
+    expect(page.get_by_test_id("model-state")).to_have_attribute("data-state", "loading")
+    expect(page.get_by_test_id("model-state")).to_contain_text(re.compile(r"Warming up the echo \d+ %"))
+    expect(page.get_by_test_id("model-state")).to_have_attribute("data-state", "ready")
+    loaded = active(server)
+    assert loaded is not None
+    assert loaded["options"]["load_seconds"] == 2
+
+
+@pytest.mark.usefixtures("fresh_echo")
+def test_a_failed_load_says_why(visit: Visit, server: Server) -> None:
+    page = visit.open()
+    server.api("POST", "/ui-api/models/load", {"model": "echo", "loader": "echo", "options": {"fault": "corrupt"}})
+    expect(page.get_by_test_id("load-failure")).to_contain_text("The echo model is corrupt")
+    page.keyboard.press("Escape")
+
+
+def test_the_backend_dropdown_says_why_a_backend_cannot_take_the_model(visit: Visit) -> None:
+    page = visit.open()
+    page.locator("#sy-backend input").click()
+    options = page.get_by_role("option")
+    texts = options.all_text_contents()
+    assert any(text.strip().endswith("Echo") for text in texts)
+    assert any("needs" in text and "this is the echo test model" in text for text in texts)
+
+
+def test_the_models_page_lists_models_and_backends(visit: Visit, server: Server) -> None:
+    page = visit.open()
+    page.get_by_test_id("page-models").click()
+    expect(page.get_by_test_id("resident").first).to_contain_text("echo")
+    expect(page.get_by_test_id("model-row").filter(has_text="echo").first).to_be_visible()
+    assert page.get_by_test_id("loader-row").count() == len(server.api("GET", "/ui-api/models")["loaders"])
+
+
+@pytest.mark.usefixtures("fresh_echo")
+def test_a_crash_keeps_the_text_and_reload_continues(visit: Visit) -> None:
+    page = visit.open()
+    send(page, "[[echo tokens=60 rate=60 crash_at=30]]")
+    card = page.get_by_test_id("error-card")
+    expect(card).to_contain_text("The backend stopped")
+    expect(card).to_contain_text(re.compile("SIGSEGV|exit"))
+    expect(card.locator("pre")).to_contain_text("about to crash")
+    kept = body(page.get_by_test_id("message").last)
+    assert len(kept) > 20
+    page.get_by_test_id("edit").first.click()
+    page.keyboard.press("Escape")
+    card.get_by_test_id("reload-continue").click()
+    wait(lambda: len(body(page.get_by_test_id("message").last)) > len(kept))
+    assert body(page.get_by_test_id("message").last).startswith(kept.rstrip())
+
+
+def open_panel(page: Page) -> None:
+    page.get_by_test_id("parameters").click()
+    expect(page.locator("#sy-params")).to_be_in_viewport()
+
+
+@pytest.mark.usefixtures("fresh_echo")
+def test_a_parameter_is_written_through_used_and_kept(visit: Visit, server: Server) -> None:
+    page = visit.open()
+    open_panel(page)
+    number = page.locator("#sy-p-temperature input[type=number]")
+    number.fill("0.35")
+    number.press("Enter")
+    wait(lambda: server.api("GET", "/ui-api/settings")["sampling"]["temperature"] == 0.35)
+    limit = page.locator("#sy-p-max_tokens input")
+    limit.fill("5")
+    wait(lambda: server.api("GET", "/ui-api/settings")["max_tokens"] == 5)
+    send(page, "one two three four five six seven eight nine ten")
+    message = answer(page)
+    message.get_by_test_id("receipt-chip").click()
+    expect(page.get_by_test_id("receipt")).to_contain_text("0.35")
+    expect(page.get_by_test_id("receipt")).to_contain_text("the token limit was reached")
+    page.keyboard.press("Escape")
+    page.reload()
+    ready(page)
+    expect(page.locator("#sy-p-temperature input[type=number]")).to_have_value("0.35")
+    expect(page.locator("#sy-p-max_tokens input")).to_have_value("5")
+
+
+@pytest.mark.usefixtures("fresh_echo")
+def test_presets_are_saved_loaded_and_deleted(visit: Visit, server: Server) -> None:
+    page = visit.open()
+    open_panel(page)
+    number = page.locator("#sy-p-temperature input[type=number]")
+    number.fill("1.7")
+    number.press("Enter")
+    page.locator("#sy-preset-save").click()
+    page.get_by_role("textbox", name="Save preset").fill("Wild Ä")
+    page.get_by_role("dialog").get_by_role("button", name="Save").click()
+    expect(page.get_by_test_id("toasts")).to_contain_text("Saved as Wild Ä")
+    assert server.api("GET", "/ui-api/presets/Wild%20%C3%84")["sampling"]["temperature"] == 1.7
+    page.locator("#sy-preset-neutral").click()
+    expect(number).to_have_value("1")
+    page.locator("#sy-preset input").click()
+    page.get_by_role("option", name="Wild Ä").click()
+    expect(number).to_have_value("1.7")
+    page.locator("#sy-preset-delete").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete").click()
+    expect(page.get_by_test_id("toasts")).to_contain_text("is deleted")
+    assert "Wild Ä" not in json_names(server.api("GET", "/ui-api/presets"))
+
+
+def json_names(presets: Any) -> list[str]:
+    return [preset["name"] if isinstance(preset, dict) else preset for preset in presets["presets"]]
+
+
+def test_every_parameter_has_a_control_and_unsupported_ones_say_so(visit: Visit) -> None:
+    page = visit.open()
+    open_panel(page)
+    for group in ("penalties", "truncation", "shape", "search", "order", "tokens"):
+        page.locator(f"#sy-group-{group} button").first.click()
+    for name in PARAMETERS:
+        expect(page.locator(f"#sy-p-{name}")).to_be_attached()
+    expect(page.locator("#sy-p-mirostat_mode")).to_contain_text("Echo does not have this.")
+    expect(page.locator("#sy-p-mirostat_mode input[type=number]")).to_be_disabled()
+    expect(page.locator("#sy-p-temperature input[type=number]")).to_be_enabled()
+
+
+@pytest.mark.usefixtures("fresh_echo")
+def test_an_ignored_parameter_is_on_the_receipt(visit: Visit, server: Server) -> None:
+    server.api("PUT", "/ui-api/settings", {"sampling": {"dry_multiplier": 0.8}})
+    page = visit.open()
+    send(page, "with a sampler that echo lacks")
+    answer(page).get_by_test_id("receipt-chip").click()
+    expect(page.get_by_test_id("receipt")).to_contain_text("dry_multiplier")
+    expect(page.get_by_test_id("receipt")).to_contain_text("Echo does not have")
+    server.api("PUT", "/ui-api/settings", {"sampling": {"dry_multiplier": 0.0}})
+
+
+def test_a_second_page_follows_the_settings(visit: Visit, server: Server) -> None:
+    page = visit.open()
+    server.api("PUT", "/ui-api/settings", {"sampling": {"top_p": 0.42}})
+    open_panel(page)
+    expect(page.locator("#sy-p-top_p input[type=number]")).to_have_value("0.42")
+    server.api("PUT", "/ui-api/settings", {"sampling": {"top_p": 0.95}})
+    expect(page.locator("#sy-p-top_p input[type=number]")).to_have_value("0.95")

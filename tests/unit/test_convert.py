@@ -1,0 +1,665 @@
+"""Conversion: the parts by themselves, with a stand-in child, and the real thing where the environments are there."""
+
+from __future__ import annotations
+
+import array
+import asyncio
+import errno
+import io
+import json
+import os
+import pickle
+import shutil
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modules.convert import ConvertJob, convert, convert_pickle, default_output
+from modules.convert import gguf as convert_gguf
+from modules.convert.children.imatrix import read_imatrix
+from modules.convert.children.tokenizer_rules import merge_scores, plain_byte_level
+from modules.convert.gguf_types import estimated_bytes, gguf_type
+from modules.convert.library import ConverterError, converter_dir, has_converter, install_converter, unpack_converter
+from modules.convert.process import run_child
+from modules.detect import check, list_models
+from modules.errors import (
+    BackendUnavailable,
+    Conflict,
+    CorruptModel,
+    IncompatibleModel,
+    InvalidParameter,
+    LoadError,
+    LoadOutOfMemory,
+    StorageFull,
+    UnsafeModel,
+)
+from modules.overlays import Overlays
+from modules.schema import LoadProgress
+from tests.unit.model_files import U32, gguf_bytes, gguf_keys, hf_folder, tokenizer_json, write_json
+
+
+def ignore(progress: LoadProgress) -> None:
+    return None
+
+
+# --- names and types -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [("q4_k_m", "Q4_K_M"), ("Q4_K", "Q4_K_M"), ("f16", "F16"), ("fp16", "F16"), (" Q8-0 ", "Q8_0"), ("iq2_xxs", "IQ2_XXS")],
+)
+def test_types_are_taken_in_any_case(given: str, kind: str) -> None:
+    assert gguf_type(given) == kind
+
+
+def test_an_unknown_type_names_the_nearest() -> None:
+    with pytest.raises(InvalidParameter, match="Did you mean Q4"):
+        gguf_type("Q4_KM")
+    with pytest.raises(InvalidParameter, match="The types are"):
+        gguf_type("zzz")
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [
+        ("/m/wren-6m/hf", "wren-6m-Q4_0.gguf"),
+        ("/m/Llama 3.1 8B", "Llama 3.1 8B-Q4_0.gguf"),
+        ("/m/a-F16.gguf", "a-Q4_0.gguf"),
+        ("/m/a.Q4_K_M.gguf", "a-Q4_0.gguf"),
+        ("/m/model-v1.1.gguf", "model-v1.1-Q4_0.gguf"),
+    ],
+)
+def test_the_output_lies_beside_the_source(source: str, name: str) -> None:
+    assert default_output(Path(source), "Q4_0") == Path(source).parent / name
+
+
+def test_the_estimate_is_above_the_blocks_own_size() -> None:
+    assert estimated_bytes(10**9, "F32") > 4e9
+    assert estimated_bytes(10**9, "Q4_0") > 10**9 * 4.5 / 8
+    assert estimated_bytes(10**9, "Q8_0") > 10**9 * 8.5 / 8
+
+
+# --- tokenizers the converter does not know --------------------------------------------------------------------
+
+
+def test_plain_byte_level_is_recognised() -> None:
+    assert plain_byte_level(tokenizer_json()) is None
+    wrapped = tokenizer_json()
+    wrapped["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [wrapped["pre_tokenizer"]]}
+    assert plain_byte_level(wrapped) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        (
+            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [{"type": "Split"}, {"type": "ByteLevel"}]}},
+            "Split, ByteLevel",
+        ),
+        ({"pre_tokenizer": {"type": "ByteLevel", "use_regex": False}}, "no pattern"),
+        ({"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True}}, "adds a space"),
+        ({"pre_tokenizer": {"type": "Metaspace"}}, "Metaspace"),
+        ({"pre_tokenizer": None}, "None"),
+        ({"normalizer": {"type": "NFC"}}, "NFC"),
+        ({"model": {"type": "Unigram"}}, "not BPE"),
+        ({"model": {"type": "BPE", "ignore_merges": True}}, "ignore_merges"),
+        ({"model": {"type": "BPE", "byte_fallback": True}}, "byte_fallback"),
+        ({"model": {"type": "BPE", "end_of_word_suffix": "</w>"}}, "end_of_word_suffix"),
+    ],
+)
+def test_anything_else_is_not_taken_for_it(changes: dict[str, Any], why: str) -> None:
+    assert why in (plain_byte_level({**tokenizer_json(), **changes}) or "")
+
+
+def test_scores_follow_the_merges() -> None:
+    scores = merge_scores({"model": {"merges": ["a b", ["ab", "c"], "x y"]}})
+    assert scores == {"ab": 0.0, "abc": -1.0, "xy": -2.0}
+    assert merge_scores({}) == {}
+
+
+# --- the converter from the source distribution ----------------------------------------------------------------
+
+
+def sdist(path: Path, extra: dict[str, bytes] | None = None, version: str = "1.0") -> Path:
+    root = f"llama_cpp_python-{version}/vendor/llama.cpp/"
+    files = {
+        root + "convert_hf_to_gguf.py": b"print('converter')",
+        root + "conversion/__init__.py": b"",
+        root + "gguf-py/gguf/__init__.py": b"",
+        root + "LICENSE": b"MIT",
+        root + "ggml/src/ggml.c": b"int x;",
+        **(extra or {}),
+    }
+    archive = path / f"llama_cpp_python-{version}.tar.gz"
+    with tarfile.open(archive, "w:gz") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+        link = tarfile.TarInfo(root + "conversion/evil.py")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    return archive
+
+
+def test_only_the_converters_files_are_unpacked(tmp_path: Path) -> None:
+    archive = sdist(tmp_path, {"llama_cpp_python-1.0/vendor/llama.cpp/conversion/../../../../../evil.py": b"x", "/evil.py": b"x"})
+    env = tmp_path / "env ü"
+    assert not has_converter(env, "1.0")
+    folder = install_converter(env, Path(sys.executable), sdist_dir=tmp_path, version="1.0")
+    assert folder == converter_dir(env)
+    assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()) == [
+        "LICENSE", "VERSION", "conversion/__init__.py", "convert_hf_to_gguf.py", "gguf-py/gguf/__init__.py"
+    ]  # fmt: skip
+    assert has_converter(env, "1.0")
+    assert not has_converter(env, "2.0")
+    assert not list(tmp_path.rglob("evil.py"))
+    archive.unlink()
+    assert install_converter(env, Path("no python needed"), version="1.0") == folder
+
+
+def test_a_newer_version_replaces_the_old(tmp_path: Path) -> None:
+    install_converter(tmp_path / "env", Path(sys.executable), sdist_dir=tmp_path, version=sdist(tmp_path).name[17:20])
+    sdist(tmp_path, version="2.0")
+    install_converter(tmp_path / "env", Path(sys.executable), sdist_dir=tmp_path, version="2.0")
+    assert has_converter(tmp_path / "env", "2.0")
+
+
+def test_a_torn_or_foreign_archive_leaves_nothing(tmp_path: Path) -> None:
+    whole = sdist(tmp_path).read_bytes()
+    for data in (whole[: len(whole) // 2], b"no archive", b""):
+        (tmp_path / "x.tar.gz").write_bytes(data)
+        with pytest.raises(ConverterError):
+            unpack_converter(tmp_path / "x.tar.gz", tmp_path / "env", "1.0")
+    assert not converter_dir(tmp_path / "env").exists()
+    assert not list((tmp_path / "env").rglob("*.part"))
+
+
+def test_a_failing_pip_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(ConverterError, match=r"could not be fetched: .*Check the network"):
+        install_converter(tmp_path / "env", Path(sys.executable), sdist_dir=tmp_path / "none", version="0.0.0.dev0+absent")
+
+
+# --- child processes -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def child(tmp_path: Path) -> Any:
+    """Run a snippet as the child; its first lines give it a Report."""
+
+    def run(code: str, on_progress: Any = ignore) -> Any:
+        (tmp_path / "snippet.py").write_text(
+            f"import sys, os, time, signal\nsys.path.insert(0, {str(Path.cwd())!r})\n"
+            f"from modules.convert.children.report import Report\nreport = Report()\n{code}",
+            encoding="utf-8",
+        )
+        return run_child(Path(sys.executable), "snippet", [], dict(os.environ), tmp_path, on_progress)
+
+    return run
+
+
+def test_a_childs_messages_arrive_whatever_is_printed(child: Any) -> None:
+    seen: list[LoadProgress] = []
+    code = (
+        "print('{\"error\": 1}')\nos.system('echo noise')\nreport.stage('Work', 0.5)\nreport.note('n')\n"
+        "report.stage('Work', 1.0)\nreport.done(path='x')"
+    )
+    result, notes = asyncio.run(child(code, seen.append))
+    assert (result, notes) == ({"path": "x"}, ["n"])
+    assert seen[0] == LoadProgress("Work", 0.5)
+    assert seen[-1].fraction == 1.0
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "message"),
+    [
+        (
+            "from modules.errors import IncompatibleModel\nreport.error(IncompatibleModel('no', hint='do this'))",
+            IncompatibleModel,
+            "no do this",
+        ),
+        ("raise RuntimeError('boom')", LoadError, "boom"),
+        ("sys.exit(0)", LoadError, "exit status 0"),
+        ("os._exit(3)", LoadError, "exit status 3"),
+        ("raise MemoryError", LoadOutOfMemory, "out of memory"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", LoadOutOfMemory, "out of memory"),
+        ("os.write(report._fd, b'garbage\\n')\ntime.sleep(60)", LoadError, "no message"),
+    ],
+)
+def test_every_end_of_a_child_is_a_typed_error(child: Any, code: str, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        asyncio.run(child(code))
+
+
+@pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX")
+def test_cancelling_ends_the_child_and_its_children(child: Any, tmp_path: Path) -> None:
+    code = (
+        "import subprocess\n"
+        "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "open('pids', 'w').write(f'{os.getpid()} {p.pid}')\nreport.stage('x')\ntime.sleep(60)"
+    )
+
+    async def cancel() -> None:
+        task = asyncio.create_task(child(code))
+        while not (tmp_path / "pids").exists() or " " not in (tmp_path / "pids").read_text(encoding="utf-8"):
+            await asyncio.sleep(0.02)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(cancel())
+    pids = [int(pid) for pid in (tmp_path / "pids").read_text(encoding="utf-8").split()]
+    deadline = time.monotonic() + 5
+    while any(_runs(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(_runs(pid) for pid in pids)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{pid}/stat")
+    return not (state.exists() and ") Z " in state.read_text(encoding="utf-8", errors="replace"))
+
+
+# --- the steps, with a stand-in for the children ---------------------------------------------------------------
+
+
+class FakeOverlays(Overlays):
+    """A set whose environments are said to be complete."""
+
+    def __init__(self, tmp_path: Path, *, llama_cpp: bool = True, converter: bool = True) -> None:
+        super().__init__(tmp_path / "set", Path.cwd())
+        self.llama_cpp = llama_cpp
+        if converter:
+            folder = converter_dir(self.env_dir("transformers"))
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "VERSION").write_text(convert_gguf.has_converter.__defaults__[0], encoding="utf-8")  # type: ignore[index]
+            (folder / "convert_hf_to_gguf.py").write_text("", encoding="utf-8")
+
+    def complete(self, env: str) -> bool:
+        return True
+
+    def has_module(self, overlay: str | None, name: str) -> bool:
+        return self.llama_cpp
+
+
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Children that write a whole GGUF as large as the test's model; their arguments are kept."""
+    calls: list[list[str]] = []
+
+    async def run(python: Path, module: str, arguments: list[str], *rest: Any) -> tuple[dict[str, Any], list[str]]:
+        calls.append([module.rpartition(".")[2], *arguments])
+        out = Path(arguments[2] if module.endswith("hf_to_gguf") else arguments[1])
+        out.write_bytes(
+            gguf_bytes(
+                gguf_keys(llama__block_count=(U32, 1)), {"token_embd.weight": ((32, 200), 0, 25600), "blk.0.x": ((8,), 0, 32)}
+            )
+        )
+        return {}, ["note"]
+
+    monkeypatch.setattr(convert_gguf, "run_child", run)
+    return calls
+
+
+def test_a_float_type_takes_one_step(tmp_path: Path, steps: list[list[str]]) -> None:
+    folder = hf_folder(tmp_path / "Möwe" / "hf")
+    done = asyncio.run(convert(ConvertJob(folder, "f16"), ignore, FakeOverlays(tmp_path)))
+    assert done.path == tmp_path / "Möwe" / "Möwe-F16.gguf"
+    assert (done.type, done.notes) == ("F16", ("note",))
+    assert [step[0] for step in steps] == ["hf_to_gguf"]
+    assert steps[0][-1] == "Möwe"
+    assert check(done.path).format == "gguf"
+
+
+def test_a_quantised_type_takes_two_and_loses_nothing_between(tmp_path: Path, steps: list[list[str]]) -> None:
+    folder = hf_folder(tmp_path / "m")
+    done = asyncio.run(convert(ConvertJob(folder, "Q4_0"), ignore, FakeOverlays(tmp_path)))
+    assert [step[0] for step in steps] == ["hf_to_gguf", "gguf_quantize"]
+    assert steps[0][4] == "F16"
+    assert steps[1][3] == "Q4_0"
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file() or path.name == "m") == ["m", "m-Q4_0.gguf"]
+    assert done.path.stat().st_size == done.size_bytes
+
+
+def test_a_gguf_takes_the_second_step_alone(tmp_path: Path, steps: list[list[str]]) -> None:
+    source = tmp_path / "m-F32.gguf"
+    source.write_bytes(gguf_bytes())
+    done = asyncio.run(convert(ConvertJob(source, "Q8_0", threads=3), ignore, FakeOverlays(tmp_path)))
+    assert done.path.name == "m-Q8_0.gguf"
+    assert steps[0][0] == "gguf_quantize"
+    assert steps[0][4] == "3"
+
+
+def test_a_quantised_source_must_be_asked_for(tmp_path: Path, steps: list[list[str]]) -> None:
+    source = tmp_path / "m-Q8_0.gguf"
+    source.write_bytes(gguf_bytes(gguf_keys(general__file_type=(U32, 7))))
+    with pytest.raises(IncompatibleModel, match="--requantize"):
+        asyncio.run(convert(ConvertJob(source, "Q4_0"), ignore, FakeOverlays(tmp_path)))
+    with pytest.raises(IncompatibleModel, match="larger"):
+        asyncio.run(convert(ConvertJob(source, "F16", requantize=True), ignore, FakeOverlays(tmp_path)))
+    assert steps == []
+    asyncio.run(convert(ConvertJob(source, "Q4_0", requantize=True), ignore, FakeOverlays(tmp_path)))
+    assert steps[0][5] == "1"
+
+
+def test_nothing_is_overwritten_unasked(tmp_path: Path, steps: list[list[str]]) -> None:
+    folder = hf_folder(tmp_path / "m")
+    (tmp_path / "m-F16.gguf").write_bytes(b"mine")
+    with pytest.raises(Conflict, match="exists already"):
+        asyncio.run(convert(ConvertJob(folder), ignore, FakeOverlays(tmp_path)))
+    assert (tmp_path / "m-F16.gguf").read_bytes() == b"mine"
+    assert asyncio.run(convert(ConvertJob(folder, overwrite=True), ignore, FakeOverlays(tmp_path))).size_bytes > 4
+    source = tmp_path / "s.gguf"
+    source.write_bytes(gguf_bytes())
+    with pytest.raises(Conflict, match="replace the source"):
+        asyncio.run(convert(ConvertJob(source, "Q8_0", out=source, overwrite=True), ignore, FakeOverlays(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["CON.gguf", "x\ny.gguf", ".gguf"])
+def test_an_impossible_output_name(tmp_path: Path, steps: list[list[str]], name: str) -> None:
+    with pytest.raises(IncompatibleModel, match="output's name"):
+        asyncio.run(convert(ConvertJob(hf_folder(tmp_path / "m"), out=tmp_path / name), ignore, FakeOverlays(tmp_path)))
+
+
+def test_the_disk_is_asked_first(tmp_path: Path, steps: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 1000))  # type: ignore[attr-defined]
+    with pytest.raises(StorageFull, match="needs about"):
+        asyncio.run(convert(ConvertJob(hf_folder(tmp_path / "m")), ignore, FakeOverlays(tmp_path)))
+    assert steps == []
+
+
+def test_what_is_not_installed_is_named_with_its_fix(
+    tmp_path: Path, steps: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = hf_folder(tmp_path / "m")
+
+    def offline(*arguments: Any, **options: Any) -> None:
+        raise ConverterError("The GGUF converter could not be fetched: no network.")
+
+    monkeypatch.setattr(convert_gguf, "install_converter", offline)
+    with pytest.raises(BackendUnavailable, match="install llamacpp"):
+        asyncio.run(convert(ConvertJob(folder, "Q4_0"), ignore, FakeOverlays(tmp_path / "a", llama_cpp=False)))
+    with pytest.raises(BackendUnavailable, match="converter could not be fetched"):
+        asyncio.run(convert(ConvertJob(folder), ignore, FakeOverlays(tmp_path / "b", converter=False)))
+    with pytest.raises(BackendUnavailable, match="install transformers"):
+        asyncio.run(convert(ConvertJob(folder), ignore, Overlays(tmp_path / "none", Path.cwd())))
+    assert steps == []
+
+
+def test_a_bad_source_never_reaches_a_child(tmp_path: Path, steps: list[list[str]]) -> None:
+    evil = hf_folder(tmp_path / "evil", {"auto_map": {"AutoModel": "x.Y"}})
+    with pytest.raises(UnsafeModel, match="auto_map"):
+        asyncio.run(convert(ConvertJob(evil), ignore, FakeOverlays(tmp_path)))
+    cut = hf_folder(tmp_path / "cut")
+    (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-1])
+    with pytest.raises(CorruptModel, match="incomplete"):
+        asyncio.run(convert(ConvertJob(cut), ignore, FakeOverlays(tmp_path / "x")))
+    assert steps == []
+
+
+@pytest.mark.parametrize("fault", ["torn", "small", "raises", "cancelled", "full"])
+def test_a_failed_conversion_leaves_nothing_that_looks_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    folder = hf_folder(tmp_path / "models" / "m")
+    before = {path.name for path in folder.parent.iterdir()}
+
+    async def run(python: Path, module: str, arguments: list[str], *rest: Any) -> tuple[dict[str, Any], list[str]]:
+        Path(arguments[2]).write_bytes(gguf_bytes()[:-700] if fault == "torn" else gguf_bytes())
+        if fault == "raises":
+            raise LoadError("no")
+        if fault == "cancelled":
+            raise asyncio.CancelledError
+        if fault == "full":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return {}, []
+
+    monkeypatch.setattr(convert_gguf, "run_child", run)
+    with pytest.raises((LoadError, CorruptModel, asyncio.CancelledError, OSError)):
+        asyncio.run(convert(ConvertJob(folder), ignore, FakeOverlays(tmp_path)))
+    assert {path.name for path in folder.parent.iterdir()} == before
+
+
+def test_a_killed_conversions_files_are_removed_by_the_next(tmp_path: Path, steps: list[list[str]]) -> None:
+    folder = hf_folder(tmp_path / "models" / "m")
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for suffix in ("part", "source.part"):
+        (folder.parent / f".m-F16.gguf.{dead.pid}.{suffix}").write_bytes(gguf_bytes())
+    mine = folder.parent / f".m-F16.gguf.{os.getppid()}.part"
+    mine.write_bytes(b"another conversion, still running")
+    assert [model.id for model in list_models([folder.parent])] == ["m"]
+    asyncio.run(convert(ConvertJob(folder), ignore, FakeOverlays(tmp_path)))
+    assert [path.name for path in folder.parent.glob(".*")] == [mine.name]
+
+
+# --- pickles ---------------------------------------------------------------------------------------------------
+
+
+def torch_like(path: Path, member: bytes = b"x") -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("m/data.pkl", member)
+    return path
+
+
+def test_a_pickle_is_opened_only_when_its_owner_says_so(tmp_path: Path) -> None:
+    with pytest.raises(UnsafeModel, match="--allow-pickle"):
+        asyncio.run(convert_pickle(torch_like(tmp_path / "m.pth"), ignore, allow_pickle=False, overlays=FakeOverlays(tmp_path)))
+
+
+def test_a_bomb_is_refused_before_anything_reads_it(tmp_path: Path) -> None:
+    bomb = torch_like(tmp_path / "m.pth", bytes(50_000_000))
+    with pytest.raises(UnsafeModel, match="would unpack to"):
+        asyncio.run(convert_pickle(bomb, ignore, allow_pickle=True, overlays=FakeOverlays(tmp_path)))
+
+
+def test_what_is_no_pickle_is_not_opened(tmp_path: Path) -> None:
+    folder = hf_folder(tmp_path / "m")
+    for source, message in ((folder, "no pytorch_model.bin"), (folder / "model.safetensors", "already")):
+        with pytest.raises(IncompatibleModel, match=message):
+            asyncio.run(convert_pickle(source, ignore, allow_pickle=True, overlays=FakeOverlays(tmp_path)))
+    (folder / "pytorch_model.bin").write_bytes(b"<html>")
+    with pytest.raises(CorruptModel, match="web page"):
+        asyncio.run(convert_pickle(folder, ignore, allow_pickle=True, overlays=FakeOverlays(tmp_path)))
+    write_json(folder / "pytorch_model.bin.index.json", {"weight_map": {"a": "../x.bin"}})
+    with pytest.raises(CorruptModel, match="not there"):
+        asyncio.run(convert_pickle(folder, ignore, allow_pickle=True, overlays=FakeOverlays(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "attempt",
+    [
+        "open('canary', 'w')",
+        "os.open('canary', os.O_CREAT | os.O_WRONLY)",
+        "os.system('touch canary')",
+        "import subprocess; subprocess.run(['touch', 'canary'])",
+        "import socket; socket.create_connection(('127.0.0.1', 9))",
+        "os.rename('snippet.py', 'canary')",
+        "import ctypes; ctypes.CDLL('libc.so.6')",
+    ],
+)
+def test_the_fence_ends_whatever_does_more_than_read(child: Any, tmp_path: Path, attempt: str) -> None:
+    code = (
+        "from modules.convert.children.pickle_to_safetensors import _fence\n_fence(report)\n"
+        f"try:\n    {attempt}\nexcept BaseException:\n    pass\nreport.done()"
+    )
+    with pytest.raises(UnsafeModel, match="more than load weights"):
+        asyncio.run(child(code))
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.slow
+def test_a_pickle_with_code_stays_refused(real: Overlays, tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    path = tmp_path / "m.bin"
+    path.write_bytes(pickle.dumps(Canary(canary), protocol=2))
+    with pytest.raises((UnsafeModel, CorruptModel)):
+        asyncio.run(convert_pickle(path, ignore, allow_pickle=True, overlays=real))
+    assert [p.name for p in tmp_path.iterdir()] == ["m.bin"]
+
+
+class Canary:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.path),))
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+def test_a_real_pickle_becomes_safetensors(real: Overlays, shared: Path, tmp_path: Path) -> None:
+    source = shared / "models" / "tiny-rwkv" / "converted-tiny-rwkv-5v2-730K.pth"
+    done = asyncio.run(convert_pickle(source, ignore, allow_pickle=True, out=tmp_path / "r.safetensors", overlays=real))
+    files = check(done.path)
+    assert (files.format, files.architecture, files.vocab_size) == ("rwkv", "rwkv5", 256)
+    with pytest.raises(Conflict):
+        asyncio.run(convert_pickle(source, ignore, allow_pickle=True, out=done.path, overlays=real))
+
+
+# --- importance matrices ---------------------------------------------------------------------------------------
+
+
+def floats(*values: float) -> bytes:
+    return struct.pack(f"<{len(values)}f", *values)
+
+
+def test_both_layouts_of_an_importance_matrix(tmp_path: Path) -> None:
+    old = tmp_path / "imatrix.dat"
+    old.write_bytes(struct.pack("<i", 1) + struct.pack("<i", 3) + b"q.w" + struct.pack("<ii", 2, 2) + floats(4.0, 8.0))
+    assert read_imatrix(old) == {"q.w": array.array("f", [2.0, 4.0])}
+    new = tmp_path / "imatrix.gguf"
+    data = gguf_bytes({"general.type": (8, "imatrix")}, {"q.w.in_sum2": ((2, 2), 0, 16), "q.w.counts": ((1, 2), 0, 8)})
+    new.write_bytes(data[: len(data) - 64] + floats(4.0, 8.0, 1.0, 1.0).ljust(32, b"\0") + floats(2.0, 0.0).ljust(32, b"\0"))
+    assert read_imatrix(new) == {"q.w": array.array("f", [2.0, 4.0, 1.0, 1.0])}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"GGUF",
+        struct.pack("<i", -1),
+        struct.pack("<ii", 1, 2**30),
+        struct.pack("<i", 1) + struct.pack("<i", 1) + b"a" + struct.pack("<ii", 1, 9),
+    ],
+)
+def test_a_broken_importance_matrix(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "imatrix"
+    path.write_bytes(data)
+    with pytest.raises(CorruptModel):
+        read_imatrix(path)
+
+
+# --- the real thing --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def real(overlays: Overlays) -> Overlays:
+    """The environments, or a skip that says which part is missing."""
+    if not overlays.complete("transformers") or not has_converter(overlays.env_dir("transformers")):
+        pytest.skip("needs the Transformers environment with llama.cpp's converter")
+    if not overlays.has_module("llamacpp", "llama_cpp"):
+        pytest.skip("needs llama-cpp-python")
+    return overlays
+
+
+GREEDY_LLAMA = """
+import sys, llama_cpp
+model = llama_cpp.Llama(sys.argv[1], n_ctx=256, n_threads=1, verbose=False)
+ids = model.tokenize(sys.argv[2].encode(), special=True, add_bos=sys.argv[3] == "bos")
+print(model.create_completion(ids, max_tokens=32, temperature=0)["choices"][0]["text"])
+"""
+GREEDY_HF = """
+import sys, torch, transformers
+tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
+ids = tokenizer(sys.argv[2], return_tensors="pt", add_special_tokens=sys.argv[3] == "bos")["input_ids"]
+out = model.generate(ids, max_new_tokens=32, do_sample=False)
+print(tokenizer.decode(out[0][ids.shape[1]:], skip_special_tokens=True))
+"""
+
+
+def greedy(overlays: Overlays, overlay: str, script: str, *arguments: str) -> str:
+    """Greedy text by the library itself, in its own environment."""
+    command = [str(overlays.python(overlay)), "-X", "utf8", "-c", script, *arguments]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=240,
+        env=overlays.worker_env(overlay),
+        cwd=overlays.set_dir,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def bundled(root: Path) -> Path:
+    """The bundled model's safetensors folder."""
+    found = next((model for model in list_models([root / "models"]) if model.bundled and model.format == "hf"), None)
+    if found is None:
+        pytest.skip("needs the bundled model's safetensors")
+    return Path(found.path)
+
+
+@pytest.mark.slow
+def test_the_smallest_types_need_an_importance_matrix(real: Overlays, bundled: Path, tmp_path: Path) -> None:
+    with pytest.raises(IncompatibleModel, match="importance matrix"):
+        asyncio.run(convert(ConvertJob(bundled, "IQ2_XXS", out=tmp_path / "b.gguf"), ignore, real))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "exact"), [("F32", True), ("Q8_0", False), ("Q4_0", False), ("Q4_K_M", False)])
+def test_the_bundled_model_says_the_same_as_gguf(real: Overlays, bundled: Path, tmp_path: Path, kind: str, exact: bool) -> None:
+    stages: list[LoadProgress] = []
+    out = tmp_path / f"wrén {kind}.gguf"
+    done = asyncio.run(convert(ConvertJob(bundled, kind, out=out), stages.append, real))
+    assert check(done.path).quantization.method == kind  # type: ignore[union-attr]
+    assert stages[-1].fraction == 1.0
+    prompt = "<|im_start|>user\nHello! Who are you? 1234 äé 🚀<|im_end|>\n<|im_start|>assistant\n"
+    said = greedy(real, "llamacpp", GREEDY_LLAMA, str(out), prompt, "plain")
+    if exact:
+        assert said == greedy(real, "transformers", GREEDY_HF, str(bundled), prompt, "plain")
+    assert len(said) > 5
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+def test_a_sentencepiece_like_model_says_the_same_as_gguf(real: Overlays, shared: Path, tmp_path: Path) -> None:
+    folder = shared / "models" / "stories260K"
+    out = tmp_path / "s.gguf"
+    asyncio.run(convert(ConvertJob(folder / "hf", "F32", out=out), ignore, real))
+    expected = greedy(real, "llamacpp", GREEDY_LLAMA, str(folder / "stories260K-f32.gguf"), "Once upon a time", "bos")
+    assert "Lily" in expected
+    assert greedy(real, "llamacpp", GREEDY_LLAMA, str(out), "Once upon a time", "bos") == expected
+    assert greedy(real, "transformers", GREEDY_HF, str(folder / "hf"), "Once upon a time", "bos") == expected
+
+
+@pytest.mark.slow
+@pytest.mark.shared
+def test_what_the_library_refuses_is_explained(real: Overlays, shared: Path, tmp_path: Path) -> None:
+    source = shared / "models" / "stories260K" / "hf"
+    unknown = tmp_path / "unknown"
+    shutil.copytree(source, unknown, copy_function=shutil.copyfile)
+    unknown.chmod(0o755)
+    config = json.loads((unknown / "config.json").read_text(encoding="utf-8"))
+    write_json(unknown / "config.json", {**config, "architectures": ["NoSuchForCausalLM"], "model_type": "nosuch"})
+    with pytest.raises(IncompatibleModel, match="NoSuchForCausalLM"):
+        asyncio.run(convert(ConvertJob(unknown, "F16", out=tmp_path / "a.gguf"), ignore, real))
+    assert [path.name for path in tmp_path.iterdir()] == ["unknown"]

@@ -1,0 +1,314 @@
+"""Set-up on real virtual environments and hand-made wheels: markers, layers, interruptions, torch, one-line failures."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from modules.environments import Installer, requirements_hash
+from modules.overlays import MARKER, Overlays, env_python, read_json, site_packages, write_json
+from modules.pip_output import PipProgress, SetupError, explain, venv_help
+from modules.sets import new_set, open_set, set_lock
+from modules.site_packages import broken_packages, installed_packages
+from tests.conftest import ROOT
+
+
+def make_wheel(folder: Path, name: str, version: str = "1.0", requires: str = "", payload: str = "") -> Path:
+    """A wheel with one module, as pip takes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    info = f"{name}-{version}.dist-info"
+    files = {
+        f"{name}.py": f"VERSION = {version!r}\n{payload}",
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        + (f"Requires-Dist: {requires}\n" if requires else ""),
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    rows = []
+    for path, text in files.items():
+        digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
+        rows.append(f"{path},sha256={digest},{len(text.encode())}")
+    files[f"{info}/RECORD"] = "\n".join([*rows, f"{info}/RECORD,,"]) + "\n"
+    target = folder / f"{name}-{version}-py3-none-any.whl"
+    with zipfile.ZipFile(target, "w") as archive:
+        for path, text in files.items():
+            archive.writestr(path, text)
+    return target
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with hand-made requirements, whose pip sees a wheel folder and no index."""
+    root = tmp_path / "a project ünï"
+    requirements = root / "loaders" / "requirements"
+    requirements.mkdir(parents=True)
+    (root / "requirements.txt").write_text("# title: the parent\n# size-mb: 1\nalpha==1.0\n", encoding="utf-8")
+    (requirements / "torch.txt").write_text("# size-mb: 1\ntorch==2.0\nbeta\n", encoding="utf-8")
+    (requirements / "back.txt").write_text("# on: torch\n# size-mb: 1\ngamma==1.0\n", encoding="utf-8")
+    wheels = tmp_path / "wheels"
+    for arguments in (("alpha", "1.0", "beta"), ("beta",), ("gamma", "1.0", "torch>=2"), ("torch", "2.0+cpu"), ("alpha", "2.0")):
+        make_wheel(wheels, *arguments)
+    config = tmp_path / "pip.conf"
+    config.write_text(f"[global]\nfind-links = {wheels.as_uri()}\n", encoding="utf-8")
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(config))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    for name in ("SWITCHYARD_SET", "SWITCHYARD_TORCH", "GPU_CHOICE"):
+        monkeypatch.delenv(name, raising=False)
+    return root
+
+
+@pytest.fixture(scope="session")
+def blank(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty virtual environment; a copy of it is one that set-up has begun."""
+    path = tmp_path_factory.mktemp("blank") / "env"
+    subprocess.run([sys.executable, "-m", "venv", str(path)], check=True)
+    return path
+
+
+@pytest.fixture
+def begun(project: Path, blank: Path) -> Path:
+    """The project with its virtual environments made and nothing in them yet: saves each test the seconds for that."""
+    for name in ("parent", "torch", "back"):
+        shutil.copytree(blank, open_set(project) / name, symlinks=True)
+    return project
+
+
+def installer(project: Path, lines: list[str] | None = None, torch: str | None = None) -> Installer:
+    seen = lines if lines is not None else []
+    overlays = Overlays(open_set(project), project)
+    return Installer(overlays, lambda stage, fraction, line: seen.append(f"{stage} {line}"), torch=torch)
+
+
+def importable(overlays: Overlays, env: str, code: str) -> str:
+    done = subprocess.run([str(env_python(overlays.env_dir(env))), "-c", code], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def test_an_environment_is_made_once(project: Path) -> None:
+    lines: list[str] = []
+    setup = installer(project, lines)
+    assert not setup.ready("parent")
+    assert setup.ensure("parent")
+    marker = setup.overlays.marker("parent")
+    assert marker["packages"]["alpha"] == "1.0"
+    assert marker["requirements_sha256"] == requirements_hash(project / "requirements.txt")
+    assert any("alpha" in line for line in lines)  # pip's package names are shown
+    assert importable(setup.overlays, "parent", "import alpha, beta; print(alpha.VERSION)") == "1.0"
+    assert not setup.ensure("parent")
+    # A later start takes the same set.
+    assert installer(project).ready("parent")
+
+
+def test_new_requirements_are_installed_into_it(begun: Path) -> None:
+    setup = installer(begun)
+    setup.ensure("parent")
+    (begun / "requirements.txt").write_text("# size-mb: 1\nalpha==2.0\n", encoding="utf-8")
+    assert not setup.ready("parent")
+    assert setup.ensure("parent")
+    assert importable(setup.overlays, "parent", "import alpha; print(alpha.VERSION)") == "2.0"
+
+
+def test_requirements_that_fail_leave_what_there_was(begun: Path) -> None:
+    setup = installer(begun)
+    setup.ensure("parent")
+    (begun / "requirements.txt").write_text("# size-mb: 1\nalpha==9.9\n", encoding="utf-8")
+    with pytest.raises(SetupError, match=r"no package alpha==9\.9 fits"):
+        setup.ensure("parent")
+    assert setup.overlays.marker("parent")
+    assert importable(setup.overlays, "parent", "import alpha; print(alpha.VERSION)") == "1.0"
+
+
+def test_a_layer_is_joined_and_torch_is_pinned_to_the_build_that_is_there(begun: Path) -> None:
+    lines: list[str] = []
+    setup = installer(begun, lines)
+    setup.ensure("back")
+    overlays = setup.overlays
+    assert overlays.marker("torch")["packages"]["torch"] == "2.0+cpu"
+    assert (overlays.set_dir / "constraints.txt").read_text(encoding="utf-8") == "torch==2.0+cpu\n"
+    assert any("local wheels" in line for line in lines)
+    own = site_packages(overlays.env_dir("back"))
+    assert own is not None
+    assert "torch" not in installed_packages(own)  # pip saw the layer's as satisfied
+    assert importable(overlays, "back", "import torch, gamma; print(torch.VERSION)") == "2.0+cpu"
+    layer = (own / "_layer.pth").read_text(encoding="utf-8").strip()
+    assert not Path(layer).is_absolute()
+    assert layer.isascii()
+
+
+def test_a_choice_of_torch_is_kept_for_the_background_and_a_new_one_is_followed(begun: Path) -> None:
+    installer(begun, torch="cpu").ensure("torch")
+    assert installer(begun).torch_build().name == "cpu"
+    assert installer(begun, torch="cpu").ready("torch")
+    assert not installer(begun, torch="xpu").ready("torch")
+
+
+def test_a_package_that_was_cut_off_is_installed_again(begun: Path) -> None:
+    setup = installer(begun)
+    setup.ensure("parent")
+    env = setup.overlays.env_dir("parent")
+    site = site_packages(env)
+    assert site is not None
+    (env / MARKER).unlink()
+    (site / "beta.py").unlink()
+    (site / "~lpha-1.0.dist-info").mkdir()
+    assert setup.ensure("parent")
+    assert importable(setup.overlays, "parent", "import beta; print(beta.VERSION)") == "1.0"
+    assert not list(site.glob("~*"))
+
+
+def test_a_truncated_file_and_a_missing_record_count_as_broken(tmp_path: Path) -> None:
+    for name in ("whole", "short", "torn"):
+        with zipfile.ZipFile(make_wheel(tmp_path / "wheels", name)) as archive:
+            archive.extractall(tmp_path / "site")
+    site = tmp_path / "site"
+    (site / "short.py").write_text("", encoding="utf-8")
+    (site / "torn-1.0.dist-info" / "RECORD").unlink()
+    assert broken_packages(site, repair=False) == ["short", "torn"]
+    assert broken_packages(site) == ["short", "torn"]
+    assert installed_packages(site) == {"whole": "1.0"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["no interpreter", "no pip"])
+def test_a_half_made_environment_is_made_again(project: Path, damage: str) -> None:
+    setup = installer(project)
+    env = setup.overlays.env_dir("parent")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(env)], check=True)
+    if damage == "no interpreter":
+        env_python(env).unlink()
+    setup.ensure("parent")
+    assert importable(setup.overlays, "parent", "import alpha; print(alpha.VERSION)") == "1.0"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="uses SIGKILL")
+@pytest.mark.parametrize("moment", [0.4, 2.5, 5.0])
+def test_killed_at_any_moment_it_goes_on(project: Path, moment: float) -> None:
+    code = (
+        "import sys; from pathlib import Path; from modules.environments import Installer\n"
+        "from modules.overlays import Overlays\n"
+        "from modules.sets import open_set\n"
+        "root = Path(sys.argv[1]); Installer(Overlays(open_set(root), root), lambda *a: None).ensure('back')"
+    )
+    child = subprocess.Popen([sys.executable, "-c", code, str(project)], cwd=ROOT, start_new_session=True)
+    time.sleep(moment)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    setup = installer(project)
+    setup.ensure("back")
+    assert importable(setup.overlays, "back", "import torch, gamma; print(gamma.VERSION)") == "1.0"
+    assert len(list((project / "installer_files" / "sets").iterdir())) == 1
+
+
+def test_no_space_is_said_before_anything_is_written(project: Path) -> None:
+    (project / "requirements.txt").write_text("# size-mb: 999999999\nalpha==1.0\n", encoding="utf-8")
+    setup = installer(project)
+    with pytest.raises(SetupError, match="free some space"):
+        setup.ensure("parent")
+    assert not setup.overlays.env_dir("parent").exists()
+
+
+def test_one_installer_at_a_time(tmp_path: Path) -> None:
+    with set_lock(tmp_path), pytest.raises(SetupError, match="Another set-up is running"), set_lock(tmp_path, wait_s=0.1):
+        pytest.fail("two installers held the lock")
+    with set_lock(tmp_path, wait_s=0.1):
+        pass
+
+
+def test_the_next_installer_waits_for_the_one_before(tmp_path: Path) -> None:
+    entered = threading.Event()
+
+    def hold() -> None:
+        with set_lock(tmp_path):
+            entered.set()
+            time.sleep(0.5)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    entered.wait()
+    with set_lock(tmp_path, wait_s=10):
+        assert not thread.is_alive() or entered.is_set()
+    thread.join()
+
+
+def test_a_set_that_was_begun_is_taken_up_again(tmp_path: Path) -> None:
+    first = open_set(tmp_path)
+    assert open_set(tmp_path) == first
+    shutil.rmtree(first)
+    second = open_set(tmp_path)
+    assert second.is_dir()
+    assert read_json(tmp_path / "installer_files" / "state.json")["current"] == second.name
+    assert new_set(tmp_path) != new_set(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("output", "says"),
+    [
+        ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "disk is full"),
+        (
+            "WARNING: Retrying ... [Errno -3] Temporary failure in name resolution\nERROR: No matching distribution found for x",
+            "network",
+        ),
+        ("ERROR: [Errno 13] Permission denied: 'x'", "can't be written"),
+        ("ERROR: No matching distribution found for torch==9", "no package torch==9 fits"),
+        ("SSLError(SSLCertVerificationError", "certificate"),
+        ("ReadTimeoutError: Read timed out.", "broke off"),
+        ("something\nERROR: it is odd\n", "it is odd"),
+        ("", "no output"),
+    ],
+)
+def test_pip_failures_are_one_line(output: str, says: str) -> None:
+    line = explain(output.splitlines(), "the parent")
+    assert says in line
+    assert "\n" not in line
+
+
+def test_a_python_without_venv_names_the_package() -> None:
+    text = "The virtual environment was not created successfully because ensurepip is not available."
+    assert f"python{sys.version_info[0]}.{sys.version_info[1]}-venv" in str(venv_help([text]))
+    assert venv_help(["another problem"]) is None
+
+
+def test_pip_lines_become_progress(tmp_path: Path) -> None:
+    seen: list[tuple[float, str]] = []
+    progress = PipProgress(4, tmp_path, lambda fraction, what: seen.append((fraction, what)))
+    for line in (
+        "Collecting gradio==6.31.0 (from -r requirements.txt (line 4))",
+        "  Downloading gradio-6.31.0-py3-none-any.whl (56.9 MB)",
+        "Requirement already satisfied: numpy in /x",
+        "Installing collected packages: numpy, gradio",
+    ):
+        progress.line(line)
+    (tmp_path / "numpy-1.0.dist-info").mkdir()
+    deadline = time.monotonic() + 5
+    while not seen[-1][1].startswith("installing 1 of 2") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    progress.close()
+    names = [what for _, what in seen]
+    assert names[:3] == ["gradio", "gradio (56.9 MB)", "numpy"]
+    assert "installing 1 of 2 numpy" in names
+    fractions = [fraction for fraction, _ in seen]
+    assert fractions == sorted(fractions)
+    assert fractions[-1] < 1.0
+
+
+def test_a_marker_is_json_that_names_its_python(begun: Path) -> None:
+    setup = installer(begun)
+    setup.ensure("parent")
+    text = (setup.overlays.env_dir("parent") / MARKER).read_text(encoding="utf-8")
+    assert json.loads(text)["python"].startswith("3.")
+    write_json(setup.overlays.env_dir("parent") / MARKER, {})
+    assert not setup.ready("parent")
