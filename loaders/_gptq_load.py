@@ -75,14 +75,14 @@ def load(path: str, options: dict[str, Any], progress: Progress) -> _hf_load.Loa
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         model = skeleton(config)
         device = torch.device("cuda" if torch.cuda.is_available() and not options["cpu"] else "cpu")
-        used = fill(model, checkpoint, device, options["kernel"], progress)
+        layouts, used = fill(model, checkpoint, device, options["kernel"], progress)
         model.generation_config = _generation_config(checkpoint.folder, model)
     except AppError:
         raise
     except Exception as error:
         raise _hf_load.typed(error, checkpoint.config_json) from error
     eos_ids = _hf_load.end_token_ids(model.generation_config.eos_token_id, tokenizer)
-    info = _describe(path, options, model, tokenizer, config, eos_ids, checkpoint, used, device)
+    info = _describe(path, options, model, tokenizer, config, eos_ids, checkpoint.settings, layouts, used, device)
     return _hf_load.Loaded(model, TextCodec(tokenizer), info, device, eos_ids)
 
 
@@ -129,8 +129,10 @@ def skeleton(config: Any) -> Any:
     return model.eval()
 
 
-def fill(model: Any, checkpoint: Checkpoint, device: torch.device, kernel: str, progress: Progress) -> Counter[str]:
-    """Put every tensor of the checkpoint into the model; returns how many layers each kernel runs."""
+def fill(
+    model: Any, checkpoint: Checkpoint, device: torch.device, kernel: str, progress: Progress
+) -> tuple[list[LayerLayout], Counter[str]]:
+    """Put every tensor of the checkpoint into the model; returns the packed layers, and how many each kernel runs."""
     packed = ".qweight"
     plain = [key.removesuffix(packed) + ".weight" if key.endswith(packed) else key for key in checkpoint.entries]
     keys = names_on_disk(model, plain)
@@ -170,7 +172,7 @@ def fill(model: Any, checkpoint: Checkpoint, device: torch.device, kernel: str, 
         model.set_submodule(where[layout.name], new)
     progress(LoadProgress("Reading the other tensors", 1.0))
     _fill_plain(model, keys, read, device, dtype)
-    return used
+    return list(layouts.values()), used
 
 
 def _fill_plain(
@@ -241,7 +243,8 @@ def _describe(
     tokenizer: Any,
     config: Any,
     eos_ids: frozenset[int],
-    checkpoint: Checkpoint,
+    settings: dict[str, Any],
+    layouts: list[LayerLayout],
     used: Counter[str],
     device: torch.device,
 ) -> ModelInfo:
@@ -252,7 +255,6 @@ def _describe(
     if context > trained:
         notes.append(f"The context of {context} is beyond the {trained} tokens the model was trained on.")
     packed = [module for module in model.modules() if isinstance(module, GptqLinear)]
-    settings = checkpoint.settings
     kernels = ", ".join(f"{count} layers {_SAYS[name]}" for name, count in used.most_common())
     capability = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else torch.cuda.get_device_name(device)
     if used["int4"]:
@@ -268,8 +270,8 @@ def _describe(
         architecture=(config.architectures or [type(model).__name__])[0],
         quantization=Quantization(
             "gptq",
-            bits=max((module.bits for module in packed), default=None),
-            group_size=settings.get("group_size"),
+            bits=max(layout.bits for layout in layouts),
+            group_size=-1 if layouts[0].groups == 1 else layouts[0].group_size,
             desc_act=any(module.perm is not None for module in packed) or bool(settings.get("desc_act")),
             sym=settings.get("sym"),
         ),
