@@ -172,9 +172,6 @@ class Installer:
         self.specs = env_specs(overlays.root)
         self._progress = progress
         self._torch = torch
-        parent = env_python(overlays.env_dir("parent"))
-        # One Python for the whole set: a layer's packages are of no use to another minor version.
-        self._base_python = parent if parent.exists() else Path(sys.executable)
         self.runner = CommandRunner(installer_dir(self.root) / "logs" / f"setup-{datetime.now():%Y-%m-%d}.log", background)
 
     # -- state
@@ -263,9 +260,14 @@ class Installer:
         if env_dir.exists():
             shutil.rmtree(env_dir)
         self.say(spec.title, 0.0, "making a virtual environment")
-        status, lines = self.runner.run([self._base_python, "-m", "venv", env_dir], lambda line: None, pip_env())
+        status, lines = self.runner.run([self._base_python(), "-m", "venv", env_dir], _ignore, pip_env())
         if status != 0:
             raise SetupError(venv_help(lines) or explain(lines, f"The virtual environment {spec.name}"))
+
+    def _base_python(self) -> Path:
+        """One Python for the whole set: a layer's packages are of no use to another minor version."""
+        complete = bool(self.overlays.marker("parent"))
+        return env_python(self.overlays.env_dir("parent")) if complete else Path(sys.executable)
 
     def _runs_pip(self, python: Path) -> bool:
         status, _ = self.runner.run(

@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 KEEP_S = 300.0
 COALESCE_S = 0.03
 
+StoppedBy = Literal["user", "switch", "shutdown"]
 RunState = Literal["queued", "prefill", "decoding", "done", "failed"]
 Prepare = Callable[["Resident", "EngineClient"], Awaitable[GenerationRequest]]
 """Makes the request once the worker is known, since the chat template and the limits are the model's."""
@@ -75,7 +76,7 @@ class Run:
         self.timings = Timings()
         self.finish_reason: str | None = None
         self.stop_match: str | None = None
-        self.cancelled_by: Literal["user", "switch"] | None = None
+        self.cancelled_by: StoppedBy | None = None
         self.receipt: dict[str, Any] | None = None
         self.error: AppError | None = None
         self.created_at = time.time()
@@ -184,8 +185,9 @@ class Run:
 
     # --- stopping -----------------------------------------------------------------------------------------------
 
-    def stop(self, by: Literal["user", "switch"] = "user") -> None:
-        """Stop soon. The text stays; finish_reason becomes cancelled."""
+    def stop(self, by: StoppedBy = "user") -> None:
+        """Stop soon. The text stays; finish_reason becomes cancelled. `by`: whoever reads the answer, the operator's switch of
+        models, or the server's end."""
         if self.done or self.cancelled_by is not None:
             return
         self.cancelled_by = by
@@ -202,8 +204,7 @@ class Run:
                 await self._generate(lease)
         except asyncio.CancelledError:
             self._finish("cancelled")
-            if self.cancelled_by is None:
-                self.cancelled_by = "user"  # the server is going down
+            self.cancelled_by = self.cancelled_by or "shutdown"
         except AppError as error:
             self.error = error
         except Exception as error:
@@ -354,7 +355,7 @@ class Runs:
         """Stop every run, keep its text, and wait for the ends."""
         running = self.running()
         for run in running:
-            run.stop()
+            run.stop("shutdown")
         tasks = [run._task for run in running if run._task is not None]
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=timeout_s)

@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from modules.errors import CorruptModel
-
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
@@ -67,11 +65,8 @@ class LocalLibrary:
     def check(self, model: ModelFiles) -> None:
         from modules import detect
 
-        if model.id in self._builtin:
-            return
-        if model.problem:
-            raise CorruptModel(model.problem)
-        detect.check(model.path)
+        if model.id not in self._builtin:
+            detect.check(model.path)
 
     def bundled(self) -> Sequence[ModelFiles]:
         """The models that come with the product, echo left out."""

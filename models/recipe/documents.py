@@ -396,8 +396,8 @@ class Recipe:
     def exchange(self, multi: bool = False) -> Exchange:
         """One exchange of a random kind. In long conversations stories are rarer, as they are long."""
         kinds: list[tuple[Callable[[], Exchange], float]] = [
-            (self.product, 42), (self.small_talk, 15), (self.tale, 5 if multi else 13), (self.opening, 8),
-            (self.common_fact, 9), (self.unknown_fact, 8), (self.poem, 3), (self.repeat, 6),
+            (self.product, 46), (self.small_talk, 15), (self.tale, 3 if multi else 8), (self.opening, 9),
+            (self.common_fact, 9), (self.unknown_fact, 6), (self.poem, 2), (self.repeat, 5),
         ]  # fmt: skip
         draw, weights = zip(*kinds, strict=True)
         return self.rng.choices(draw, weights)[0]()
@@ -408,7 +408,7 @@ class Recipe:
         rng = self.rng
         if rng.random() < 0.03:
             return self.persona()
-        length = rng.choices((1, 2, 3, rng.randint(4, 6), rng.randint(7, 12)), (58, 15, 12, 11, 4))[0]
+        length = rng.choices((1, 2, 3, rng.randint(4, 6), rng.randint(7, 12)), (66, 16, 10, 7, 1))[0]
         messages: list[Message] = []
         if rng.random() < 0.4:
             messages.append({"role": "system", "content": rng.choice(SYSTEM_PROMPTS)})
@@ -480,11 +480,11 @@ class Recipe:
     def document(self) -> str | list[Message]:
         """Plain text, or the messages of a conversation."""
         draw = self.rng.random()
-        if draw < 0.08:
+        if draw < 0.015:
             return self.rng.choice(self.tales)
-        if draw < 0.09:
+        if draw < 0.02:
             return story(self.rng)[1]
-        if draw < 0.10 and self.dialogues:
+        if draw < 0.025 and self.dialogues:
             return self.chit_chat()
         return self.conversation()
 

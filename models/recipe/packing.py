@@ -104,6 +104,11 @@ class Batch:
     weights: Tensor
     document: Tensor
 
+    def split(self, parts: int) -> list[Batch]:
+        """The same rows in ``parts`` batches."""
+        fields = (self.ids, self.targets, self.weights, self.document)
+        return [Batch(*chunks) for chunks in zip(*(x.chunk(parts) for x in fields), strict=True)]
+
 
 def fill_rows(lengths: np.ndarray, order: np.ndarray, size: int) -> list[list[int]]:
     """First-fit decreasing: groups of documents (of those in ``order``) whose lengths sum to at most ``size``."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 def build_router(services: Services) -> APIRouter:
     router = APIRouter(tags=["Health"])
 
+    @router.head("/health", include_in_schema=False)
     @router.get("/health")
     async def health() -> JSONResponse:
         """`status` is ok, loading, empty or failed; `ui` says whether the page is there yet."""

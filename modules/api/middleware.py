@@ -155,15 +155,15 @@ class Guard:
                 return
         try:
             client = (scope.get("client") or ("", 0))[0]
-            self._access.check(scope["method"], scope["path"], scope["headers"], client)
-            if self._active >= self._max_requests and scope["path"] != "/health":
+            self._access.check(scope["method"], headers.path, scope["headers"], client)
+            if self._active >= self._max_requests and headers.path != "/health":
                 raise Overloaded("The server is at its limit of concurrent requests.", hint="Try again in a moment.")
         except AppError as error:
             await self._refuse(error, scope, headers, receive, send, foreign)
             return
         self._active += 1
         try:
-            await self._app(scope, self._bounded(scope, headers, receive), _with_headers(send, foreign))
+            await self._app(scope, self._bounded(headers, receive), _with_headers(send, foreign))
         finally:
             self._active -= 1
 
@@ -182,8 +182,8 @@ class Guard:
             navigation = headers.mode == b"navigate" and headers.dest in (b"document", b"")
             if scope["method"] not in SAFE_METHODS or not navigation:
                 raise Forbidden("Pages of other sites may not call this server.")
-        if headers.length is not None and headers.length > self._limit(scope):
-            raise _too_large(self._limit(scope))
+        if headers.length is not None and headers.length > self._limit(headers):
+            raise _too_large(self._limit(headers))
         return foreign
 
     def _check_origin(self, headers: _Headers) -> str | None:
@@ -197,14 +197,14 @@ class Guard:
                 return headers.origins[0].decode("latin-1")
         raise Forbidden("Pages of other sites may not call this server.", hint="Start it with --allowed-origins ORIGIN.")
 
-    def _limit(self, scope: Scope) -> int:
-        return max(self._max_body, LARGE_BODIES.get(scope["path"], 0))
+    def _limit(self, headers: _Headers) -> int:
+        return max(self._max_body, LARGE_BODIES.get(headers.path, 0))
 
-    def _bounded(self, scope: Scope, headers: _Headers, receive: Receive) -> Receive:
+    def _bounded(self, headers: _Headers, receive: Receive) -> Receive:
         """`receive` with the size limit and the receipt deadline, for requests that have a body."""
         if not headers.has_body:
             return receive
-        limit, loop = self._limit(scope), asyncio.get_running_loop()
+        limit, loop = self._limit(headers), asyncio.get_running_loop()
         due = loop.time() + self._deadline_s * max(1.0, limit / (10 << 20))
         received = 0
         complete = False
@@ -248,7 +248,7 @@ class Guard:
 class _Headers:
     """What the guard looks at, gathered in one pass."""
 
-    __slots__ = ("accept", "chunked", "count", "dest", "hosts", "length", "mode", "origins", "preflight", "query", "site")
+    __slots__ = ("accept", "chunked", "count", "dest", "hosts", "length", "mode", "origins", "path", "preflight", "query", "site")
 
     def __init__(self, scope: Scope) -> None:
         self.hosts: list[bytes] = []
@@ -256,6 +256,7 @@ class _Headers:
         self.length: int | None = None
         self.chunked = self.preflight = False
         self.accept = self.dest = self.mode = self.site = b""
+        self.path: str = scope["path"].removeprefix(scope.get("root_path", ""))  # behind a proxy with --subpath
         self.query: bytes = scope.get("query_string", b"")
         self.count = len(scope["headers"])
         for name, value in scope["headers"]:

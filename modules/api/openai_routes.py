@@ -22,7 +22,7 @@ from modules.api.body import read_object
 from modules.api.errors import body_of
 from modules.api.openai_models import ChatRequest, Common, CompletionRequest, parse, schema_of
 from modules.api.openai_prepare import Plan, plan_chat, plan_completions
-from modules.errors import AppError, Conflict, ModelNotFound
+from modules.errors import AppError, Conflict, ModelNotFound, NoModelLoaded
 from modules.generation import Delta, Run, Status
 
 if TYPE_CHECKING:
@@ -274,10 +274,12 @@ def _streamed(body: Common, form: _Format, job: _Job) -> Response:
     include_usage = bool(body.stream_options and body.stream_options.include_usage)
 
     async def produce(write: sse.Writer) -> None:
-        head = (
-            f'data: {{"id":"{form.prefix}{secrets.token_hex(12)}","object":"{form.chunk_name}",'
-            f'"created":{int(time.time())},"model":{dumps(job.model_id)},"choices":['
-        )
+        begin = f'data: {{"id":"{form.prefix}{secrets.token_hex(12)}","object":"{form.chunk_name}","created":{int(time.time())},'
+
+        def head() -> str:
+            """Up to the choices. The model is known for certain once it was this request's turn."""
+            return f'{begin}"model":{dumps(job.model_id)},"choices":['
+
         try:
             async for index, plan, run in job.choices():
                 await _stream_choice(write, form, head, index, plan, run, include_usage=include_usage)
@@ -285,7 +287,7 @@ def _streamed(body: Common, form: _Format, job: _Job) -> Response:
             await write(sse.event(dumps(body_of(error))))
             return
         if include_usage:  # a last chunk without choices; clients that did not ask for it get none
-            await write(f'{head}],"usage":{dumps(job.usage())}}}\n\n'.encode())
+            await write(f'{head()}],"usage":{dumps(job.usage())}}}\n\n'.encode())
         await write(sse.DONE)
 
     return _Stream(sse.EventStream(produce, on_disconnect=job.leave))
@@ -303,18 +305,20 @@ class _Stream(Response):
 
 
 async def _stream_choice(
-    write: sse.Writer, form: _Format, head: str, index: int, plan: Plan, run: Run, *, include_usage: bool
+    write: sse.Writer, form: _Format, head: Callable[[], str], index: int, plan: Plan, run: Run, *, include_usage: bool
 ) -> None:
-    begin = f'{head}{{"index":{index},'
+    begin = ""
     nothing = ',"usage":null' if include_usage else ""
     end = f',"logprobs":null,"finish_reason":null}}]{nothing}}}\n\n'
-    opening = form.opening()
-    if opening is not None:
-        await write(f"{begin}{opening}{end}".encode())
-    if plan.echo_text:
-        await write(f"{begin}{form.delta(dumps(plan.echo_text))}{end}".encode())
     offset = 0
     async for item in run.follow(coalesce_s=0):
+        if not begin and run.state != "queued" and run.error is None:
+            begin = f'{head()}{{"index":{index},'
+            opening = form.opening()
+            if opening is not None:
+                await write(f"{begin}{opening}{end}".encode())
+            if plan.echo_text:
+                await write(f"{begin}{form.delta(dumps(plan.echo_text))}{end}".encode())
         if type(item) is Delta:
             if item.logprobs:
                 items, first = list(item.logprobs), plan.echo and offset == 0
@@ -338,6 +342,8 @@ def _raise_failure(run: Run) -> None:
         raise run.error
     if run.cancelled_by == "switch":
         raise Conflict("The model was taken out of service while it answered.", hint="Send the request again.")
+    if run.cancelled_by == "shutdown":
+        raise NoModelLoaded("The server was stopped while it answered.")
 
 
 # --- models --------------------------------------------------------------------------------------------------------

@@ -153,7 +153,9 @@ class ChatService:
                 if resident is not None:
                     data |= {"model": resident.model.id, "loader": resident.loader}
             else:
-                data |= {**writing.final, "unsaved": True}
+                data |= writing.final
+                if writing.saved.is_set():  # it was tried, and the disk refused
+                    data["unsaved"] = True
         data["offset"] = len(data["text"])
         return data
 
@@ -259,7 +261,11 @@ class ChatService:
         async def act() -> dict[str, Any]:
             saved = await self._guarded(change)
             if saved.fresh and saved.node is not None:
-                self._launch(saved.node, saved.snapshot, run_id, saved.prefix, continued and bool(saved.prefix))
+                try:
+                    self._launch(saved.node, saved.snapshot, run_id, saved.prefix, continued and bool(saved.prefix))
+                except Exception:  # a node without a run would be "generating" for ever
+                    await self._store.finish(saved.node, run_id, text=saved.prefix, status="interrupted")
+                    raise
             return self._changed(saved.snapshot)
 
         return await asyncio.shield(self._spawn(act()))

@@ -148,9 +148,10 @@ class TemplateRenderer:
             except UnicodeEncodeError:
                 raise TemplateError("The chat template made text that is no valid Unicode.") from None
             return text
+        refused = reply.get("kind") == "TemplateError"  # raise_exception: the template's own words
         raise TemplateError(
             f"The model's chat template failed: {reply['error']}",
-            hint="Check the order of the messages, or use another model.",
+            hint="Check the order of the messages." if refused else "Use another copy of this model.",
             detail={"kind": reply.get("kind")},
         )
 

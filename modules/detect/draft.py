@@ -50,12 +50,12 @@ class Draft:
         )
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
     """The JSON object in a small sidecar file. Raises CorruptModel when it is none, OSError when it can't be read."""
     with path.open("rb") as file:
-        raw = file.read(MAX_JSON_BYTES + 1)
-    if len(raw) > MAX_JSON_BYTES:
-        raise CorruptModel(f"{path.name} is larger than {MAX_JSON_BYTES:,} bytes.", hint="Fetch the model again.")
+        raw = file.read(limit + 1)
+    if len(raw) > limit:
+        raise CorruptModel(f"{path.name} is larger than {limit:,} bytes.", hint="Fetch the model again.")
     try:
         value = json.loads(raw.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:

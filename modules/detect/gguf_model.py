@@ -13,7 +13,9 @@ from modules.errors import CorruptModel, IncompatibleModel
 from modules.schema import Quantization
 
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
-_BLOCK = re.compile(r"blk\.(\d+)\.")
+_BLOCK = re.compile(r"(?:^|\.)blk\.(\d{1,6})\.")
+# Architectures whose converters leave whole blocks out.
+_SPARSE = frozenset({"deci"})
 # Encoders: they turn text into one vector and generate nothing.
 _ENCODERS = frozenset(
     "bert nomic-bert nomic-bert-moe neo-bert jina-bert-v2 jina-bert-v3 modern-bert eurobert gemma-embedding t5encoder "
@@ -30,6 +32,7 @@ def examine_gguf(path: Path, draft: Draft) -> None:
     header = read_gguf_header(path)
     architecture = header.text("general.architecture")
     if architecture is None:
+        _refuse_no_model(path, header, draft)
         raise _broken(path, "it does not name its architecture")
     draft.architecture = architecture
     draft.license = text(header.text("general.license"))
@@ -75,7 +78,7 @@ def _refuse_no_model(path: Path, header: GgufHeader, draft: Draft) -> None:
             f"{path.name} is a multimodal projector (mmproj), the part that reads images for another model; it can't chat.",
             hint="Load the language model it belongs to.",
         )
-    if kind in ("imatrix", "vocab") or not header.tensors:
+    if kind in ("imatrix", "vocab") or (draft.architecture and not header.tensors):
         what = "an importance matrix" if kind == "imatrix" else "a vocabulary without weights"
         raise IncompatibleModel(f"{path.name} holds {what}; it can't chat.", hint="Get the model's full GGUF file.")
     if draft.architecture in _ENCODERS:
@@ -122,20 +125,20 @@ def _check_values(path: Path, header: GgufHeader, architecture: str, draft: Draf
     if context is not None and (type(context) is not int or not 1 <= context <= 2**31):
         raise _broken(path, f"{architecture}.context_length is {context}")
     if draft.vocab_size is None:
-        if header.text("tokenizer.ggml.model") not in (None, "none"):
+        if header.text("tokenizer.ggml.model") not in (None, "none", "no_vocab"):
             raise _broken(path, "it has no vocabulary")
         return
     if draft.vocab_size == 0:
         raise _broken(path, "its vocabulary is empty")
     for key in ("bos", "eos", "unknown", "padding"):
         token = header.values.get(f"tokenizer.ggml.{key}_token_id")
-        # 2^32 - 1 is how "none" is written in these unsigned fields.
-        if token is not None and token != 2**32 - 1 and not (type(token) is int and 0 <= token < draft.vocab_size):
+        # 2^32 - 1 and -1 are how "none" is written.
+        if token not in (None, 2**32 - 1, -1) and not (type(token) is int and 0 <= token < draft.vocab_size):
             raise _broken(path, f"its {key} token id {token} is outside the vocabulary of {draft.vocab_size:,}")
     split = (header.integer("split.count") or 1) > 1
     _check_embedding(path, header, architecture, draft.vocab_size)
-    if blocks is not None and not split:
-        present = {match[1] for name in header.tensors if (match := _BLOCK.match(name))}
+    if blocks is not None and not split and architecture not in _SPARSE:
+        present = {match[1] for name in header.tensors if (match := _BLOCK.search(name))}
         for number in range(blocks):
             if str(number) not in present:
                 raise _broken(path, f"it claims {blocks} blocks, but has no tensor of block {number}")

@@ -11,6 +11,7 @@ from modules.detect.safetensors_header import Tensor, shown
 from modules.errors import CorruptModel
 
 LLAMA_FAMILY = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+_FLOATS = frozenset("F64 F32 F16 BF16 F8_E4M3 F8_E5M2".split())
 _LAYER = re.compile(r"(?:model\.)?layers\.(\d+)\.")
 _HINT = "The folder mixes files of two models or a file is damaged: fetch the model again."
 
@@ -32,11 +33,13 @@ def check_llama_shapes(config: Mapping[str, Any], tensors: Mapping[str, Tensor])
             if _is_packed(name, tensors):
                 continue
             raise CorruptModel(f"Tensor {name} is missing from the weights.", hint=_HINT)
-        if tensor.shape != expected and not _is_packed(name, tensors) and name.removesuffix("weight") + "SCB" not in tensors:
+        if tensor.shape != expected and not _is_packed(name, tensors):
             raise CorruptModel(
                 f"Tensor {name} is {_by(tensor.shape)}, but config.json says {_by(expected)}.",
                 hint=_HINT,
             )
+        if "quantization_config" not in config and tensor.dtype not in _FLOATS and not _is_packed(name, tensors):
+            raise CorruptModel(f"Tensor {name} holds {tensor.dtype} numbers, not floating-point weights.", hint=_HINT)
     extra = max((int(match[1]) for name in tensors if (match := _LAYER.match(name)) and len(match[1]) < 8), default=-1)
     if extra >= sizes.layers:
         raise CorruptModel(
@@ -104,7 +107,7 @@ class _Sizes:
 
 def _is_packed(name: str, tensors: Mapping[str, Tensor]) -> bool:
     stem = name.removesuffix(".weight")
-    return any(f"{stem}.{kind}" in tensors for kind in ("qweight", "q_weight", "trellis", "weight.absmax"))
+    return any(f"{stem}.{kind}" in tensors for kind in ("qweight", "q_weight", "trellis", "weight.absmax", "SCB"))
 
 
 def _by(shape: tuple[int, ...]) -> str:

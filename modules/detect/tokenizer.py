@@ -13,6 +13,8 @@ TOKENIZER_FILES = frozenset(
     "rwkv_vocab_v20230424.txt".split()
 )
 MAX_BYTES = 100_000_000
+# Many published models add a padding token that the embedding has no row for; text never holds it.
+MAX_STRAY_TOKENS = 4
 _OBJECT = re.compile(rb'"vocab"\s*:\s*\{\s*')
 _LIST = re.compile(rb'"vocab"\s*:\s*\[\s*')
 _STRING = rb'"[^"\\]*(?:\\.[^"\\]*)*"'
@@ -38,7 +40,10 @@ def check_tokenizer(folder: Path, names: set[str] | frozenset[str], rows: int | 
     if not raw.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{") or not raw.rstrip().endswith(b"}"):
         raise CorruptModel("tokenizer.json is no JSON object or is cut.", hint="Fetch the tokenizer again.")
     added = _added_ids(raw)
-    size = max(_vocabulary_size(raw), max(added, default=-1) + 1)
+    size = _vocabulary_size(raw)
+    beyond = [number for number in added if rows is not None and number >= rows]
+    if len(beyond) > MAX_STRAY_TOKENS:
+        size = max(size, max(added) + 1)
     if rows is not None and size > rows:
         raise IncompatibleModel(
             f"The tokenizer has {size:,} tokens, but the embedding only {rows:,} rows.",

@@ -12,6 +12,7 @@ from modules.errors import CorruptModel, IncompatibleModel, LoadError, UnsafeMod
 from modules.paths import name_problem
 
 INDEX = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 64_000_000  # the largest mixtures of experts list 140,000 tensors in 14 MB
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # Never a model's weights, whatever they hold.
@@ -57,7 +58,7 @@ def read_safetensors(path: Path) -> SafetensorsHeader:
 
 
 def _indexed(folder: Path, files: dict[str, int]) -> list[str]:
-    weight_map = read_json(folder / INDEX).get("weight_map")
+    weight_map = read_json(folder / INDEX, MAX_INDEX_BYTES).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptModel(f"{INDEX} lists no weights.", hint="Fetch the index again.")
     names: dict[str, None] = {}
@@ -79,7 +80,7 @@ def _indexed(folder: Path, files: dict[str, int]) -> list[str]:
 
 def check_index(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Raise CorruptModel when the index promises a tensor that no shard holds."""
-    weight_map = read_json(folder / INDEX).get("weight_map")
+    weight_map = read_json(folder / INDEX, MAX_INDEX_BYTES).get("weight_map")
     absent = sorted(set(weight_map or ()) - tensors.keys())
     if absent:
         raise CorruptModel(

@@ -23,7 +23,7 @@ from modules.ui.models import ModelBar, load_options_form
 from modules.ui.parameters import ParameterPanel
 from modules.ui.settings_page import SettingsPage
 from modules.ui.theme import make_theme
-from modules.ui.views import chat_view, models_view, shell_view
+from modules.ui.views import backends_view, chat_view, models_view, shell_view
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -77,6 +77,7 @@ def build_blocks(services: Services) -> gr.Blocks:
             with gr.Tab("Models", id="models", elem_id="sy-page-models"):
                 models_view()
                 options = load_options_form(access)
+                backends_view()
             with gr.Tab("Settings", id="settings", elem_id="sy-page-settings"):
                 settings = SettingsPage(access)
         panel = ParameterPanel(access)

@@ -114,10 +114,28 @@ def _shown(kind: str, value: Any) -> Any:
     return "" if value is None and kind in ("str", "path") else value
 
 
+WORDS = {
+    "ctx": "context",
+    "gpu": "GPU",
+    "cpu": "CPU",
+    "lora": "LoRA",
+    "kv": "KV",
+    "swa": "SWA",
+    "numa": "NUMA",
+    "attn": "attention",
+}
+
+
+def option_label(name: str) -> str:
+    """gpu_layers -> "GPU layers", ctx_size -> "Context size"."""
+    text = " ".join(WORDS.get(word, word) for word in name.split("_"))
+    return text[:1].upper() + text[1:]
+
+
 def option_control(loader: LoaderSpec, option: OptionSpec) -> Any:
     """The Gradio component of one load option."""
     common: dict[str, Any] = {
-        "label": option.name.replace("_", " ").capitalize(),
+        "label": option_label(option.name),
         "info": option.help,
         "interactive": True,
         "elem_id": f"sy-o-{loader.name}-{option.name}",
@@ -138,7 +156,9 @@ def load_options_form(access: Access) -> OptionsForm:
     form = OptionsForm(access)
     for loader in access.loaders():
         with gr.Group(elem_classes=["sy-options", f"sy-options-{loader.name}"]):
-            gr.Markdown(f"### Load options of {loader.title}\n{loader.summary}")
+            gr.Markdown(
+                f"### Load options of {loader.title}\nThey count for the Load button at the top and are kept for each model."
+            )
             with gr.Row(elem_classes=["sy-options-grid"]):
                 for option in loader.options:
                     if not option.advanced:

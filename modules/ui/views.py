@@ -34,5 +34,10 @@ def chat_view() -> Any:
 
 
 def models_view() -> Any:
-    """What is loaded, what can be loaded, and which backends are there."""
+    """What is loaded and what can be loaded."""
     return _view("sy-models", "modelspage", "sy-models-view")
+
+
+def backends_view() -> Any:
+    """Which backends are there, and what the others lack."""
+    return _view("sy-backends", "backends", "sy-backends-view")

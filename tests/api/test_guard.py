@@ -58,9 +58,9 @@ def test_d7_our_hosts(server: Server, host: str) -> None:
 
 def test_d7_no_host_two_hosts_and_absolute_targets(server: Server) -> None:
     for head in (
-        "GET /health HTTP/1.1\r\n\r\n",
-        "GET /health HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\n\r\n",
-        "GET http://evil.com/health HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        "GET /health HTTP/1.1\r\nConnection: close\r\n\r\n",
+        "GET /health HTTP/1.1\r\nHost: localhost\r\nHost: localhost\r\nConnection: close\r\n\r\n",
+        "GET http://evil.com/health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n",
         "GET /health HTTP/1.0\r\n\r\n",
     ):
         assert int(server.raw(head.encode()).split(b" ", 2)[1]) in (400, 403), head
@@ -119,7 +119,7 @@ def test_d11_cross_site_fetches(server: Server, site: str) -> None:
 
 def test_d9_websockets_are_refused(server: Server) -> None:
     status = ask(
-        server, "/gradio_api/ws", upgrade="websocket", connection="Upgrade", sec_websocket_key="x" * 22 + "==",
+        server, "/gradio_api/ws", upgrade="websocket", connection="Upgrade, close", sec_websocket_key="x" * 22 + "==",
         sec_websocket_version="13", origin="http://evil.com",
     )  # fmt: skip
     assert status == 403

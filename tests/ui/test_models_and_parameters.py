@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from modules.sampling import PARAMETERS
-from tests.ui.conftest import answer, body, ready, send, wait
+from tests.ui.conftest import answer, body, growing, ready, send, wait
 
 if TYPE_CHECKING:
     from tests.ui.conftest import Server, Visit
@@ -192,3 +193,42 @@ def test_a_second_page_follows_the_settings(visit: Visit, server: Server) -> Non
     expect(page.locator("#sy-p-top_p input[type=number]")).to_have_value("0.42")
     server.api("PUT", "/ui-api/settings", {"sampling": {"top_p": 0.95}})
     expect(page.locator("#sy-p-top_p input[type=number]")).to_have_value("0.95")
+
+
+def test_a_background_install_shows_its_progress_and_log(visit: Visit) -> None:
+    """The server's own events need a package index; here they are replayed as its stream sends them."""
+    lines = [
+        {
+            "overlay": "transformers",
+            "state": "running",
+            "stage": "downloading torch",
+            "fraction": 0.4,
+            "line": "Collecting torch",
+        },
+        {"overlay": "transformers", "state": "failed", "stage": "the disk is full", "fraction": None, "line": "No space left"},
+    ]
+    stream = "retry: 600000\n\n" + "".join(f"event: install\ndata: {json.dumps(line)}\n\n" for line in lines)
+    visit.page.route("**/ui-api/events", lambda route: route.fulfill(content_type="text/event-stream", body=stream))
+    page = visit.open()
+    bar = page.get_by_test_id("install-bar")
+    expect(bar).to_contain_text("transformers could not be installed: the disk is full")
+    bar.get_by_role("button", name="Log").click()
+    expect(bar.locator("pre")).to_have_text("Collecting torch\nNo space left")
+    bar.get_by_role("button", name="Hide the installation").click()
+    expect(bar).to_be_hidden()
+
+
+@pytest.mark.usefixtures("fresh_echo")
+def test_a_switch_while_an_answer_is_written_asks_first(visit: Visit, server: Server) -> None:
+    page = visit.open()
+    send(page, "[[echo tokens=3000 rate=40]]")
+    growing(page, 10)
+    wait(lambda: (active(server) or {}).get("active_requests"))
+    page.reload()
+    ready(page)
+    page.locator("#sy-load").click()
+    dialog = page.get_by_test_id("switch-dialog")
+    expect(dialog).to_contain_text("still at work")
+    dialog.get_by_role("button", name="Close").click()
+    page.keyboard.press("Escape")
+    answer(page, "interrupted")

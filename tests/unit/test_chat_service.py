@@ -370,6 +370,18 @@ async def test_the_end_of_the_server_keeps_what_came(tmp_path: Path, templates: 
     await store.close()
 
 
+async def test_an_answer_that_cannot_be_started_is_not_left_open(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat = await rig.chat.create()
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a fault of our own")
+
+    monkeypatch.setattr(rig.runs, "start", broken)
+    with pytest.raises(RuntimeError):
+        await rig.send(chat["id"], "q")
+    assert [m["status"] for m in (await rig.chat.snapshot(chat["id"]))["messages"]] == ["complete", "interrupted"]
+
+
 async def test_a_browser_that_leaves_at_once_leaves_no_dead_answer(rig: Rig) -> None:
     chat = await rig.chat.create()
     sending = asyncio.create_task(rig.chat.send(chat["id"], "q", client_id="x"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import array
 import asyncio
 import errno
@@ -17,6 +18,7 @@ import tarfile
 import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,6 +27,7 @@ from modules.convert import ConvertJob, convert, convert_pickle, default_output
 from modules.convert import gguf as convert_gguf
 from modules.convert.children.imatrix import read_imatrix
 from modules.convert.children.tokenizer_rules import merge_scores, plain_byte_level
+from modules.convert.cli import add_parser, run
 from modules.convert.gguf_types import estimated_bytes, gguf_type
 from modules.convert.library import ConverterError, converter_dir, has_converter, install_converter, unpack_converter
 from modules.convert.process import run_child
@@ -441,6 +444,20 @@ def test_a_killed_conversions_files_are_removed_by_the_next(tmp_path: Path, step
     assert [model.id for model in list_models([folder.parent])] == ["m"]
     asyncio.run(convert(ConvertJob(folder), ignore, FakeOverlays(tmp_path)))
     assert [path.name for path in folder.parent.glob(".*")] == [mine.name]
+
+
+def test_the_command_says_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    config = SimpleNamespace(model_dirs=(tmp_path,))
+    hf_folder(tmp_path / "m")
+    assert run(parser.parse_args(["convert"]), config) == 2
+    assert run(parser.parse_args(["convert", "nothing"]), config) == 1
+    assert run(parser.parse_args(["convert", "m", "--type", "Q9"]), config) == 1
+    assert run(parser.parse_args(["convert", "m", "--imatrix", "x", "--to", "safetensors"]), config) == 1
+    said = capsys.readouterr().err
+    for part in ("needs a MODEL", "no model", "no GGUF type 'Q9'", "no pytorch_model.bin"):
+        assert part in said
 
 
 # --- pickles ---------------------------------------------------------------------------------------------------

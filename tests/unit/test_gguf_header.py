@@ -112,10 +112,10 @@ BROKEN: dict[str, tuple[bytes, str]] = {
 def test_a_broken_file_is_refused_here(tmp_path: Path, name: str) -> None:
     data, message = BROKEN[name]
     path = write(tmp_path, data)
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(CorruptModel, match=message) as caught:
         check(path)
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
     assert caught.value.hint
     assert inspect(path).problem == str(caught.value)
 
@@ -149,6 +149,7 @@ def test_formats_that_are_whole_but_not_read(tmp_path: Path, data: bytes, messag
         ({"general__architecture": (STRING, "clip"), "clip__has_vision_encoder": (BOOL, True)}, "multimodal projector"),
         ({"general__type": (STRING, "mmproj")}, "multimodal projector"),
         ({"general__type": (STRING, "imatrix")}, "importance matrix"),
+        ({"general__type": (STRING, "imatrix"), "general__architecture": None}, "importance matrix"),
         ({"general__architecture": (STRING, "bert")}, "embedding model"),
         ({"general__type": (STRING, "adapter")}, "LoRA adapter"),
     ],
@@ -163,6 +164,12 @@ def test_files_that_are_no_chat_model_say_what_they_are(
 def test_a_gguf_adapter_is_one(tmp_path: Path) -> None:
     path = write(tmp_path, gguf_bytes(gguf_keys(general__type=(STRING, "adapter"))))
     assert check(path, adapter=True).format == "lora"
+
+
+def test_encoder_decoder_names_and_absent_token_ids_are_fine(tmp_path: Path) -> None:
+    tensors = {"token_embd.weight": ((32, 4), 0, 512), "enc.blk.0.attn_q.weight": ((32, 32), 0, 4096)}
+    keys = gguf_keys(tokenizer__ggml__bos_token_id=(U32, 2**32 - 1))
+    assert check(write(tmp_path, gguf_bytes(keys, tensors))).problem is None
 
 
 def test_a_vocabulary_alone_is_no_model(tmp_path: Path) -> None:
@@ -204,10 +211,10 @@ def test_a_hostile_array_can_not_hold_the_parent(tmp_path: Path) -> None:
     path = write(tmp_path, raw_key("k", struct.pack("<IIQ", ARRAY, STRING, 24_000_000)))
     with path.open("r+b") as file:
         file.truncate(200_000_000)
-    started = time.monotonic()
+    started = time.process_time()
     with pytest.raises(CorruptModel, match="claims array length"):
         read_gguf_header(path)
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
 
 
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=8), st.integers(0, 10**6))

@@ -38,7 +38,7 @@ def test_save_load_delete(tmp_path: Path) -> None:
             action("My préset 1")
 
 
-DRY = "dry_multiplier: 1\ndry_sequence_breakers: '\"\\n\", \"x\"'\n"
+DRY = 'dry_multiplier: 1\ndry_sequence_breakers: \'"\\n", "x"\'\n'
 
 
 @pytest.mark.parametrize(

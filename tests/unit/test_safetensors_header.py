@@ -116,13 +116,14 @@ def test_a_large_header_is_quick_and_small(tmp_path: Path) -> None:
     path = write(
         tmp_path, safetensors_bytes({f"model.layers.{n}.mlp.experts.{n}.down_proj.weight": ("F32", (1,)) for n in range(20_000)})
     )
-    started = time.monotonic()
-    tracemalloc.start()
+    started = time.process_time()
     assert len(read_safetensors_header(path).tensors) == 20_000
+    assert time.process_time() - started < 2
+    tracemalloc.start()
+    read_safetensors_header(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 30_000_000
-    assert time.monotonic() - started < 5
 
 
 def test_a_hostile_header_can_not_fill_the_memory(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-// The models page: what is in memory, what can be loaded, and which backends are there.
+// The models page: what is in memory and what can be loaded.
 
 import { post } from './api.js';
 import { bytes, h } from './dom.js';
@@ -6,7 +6,7 @@ import { icon } from './icons.js';
 import { loaderTitle, loadModel, modelName, models, refreshModels, unloadModel, watchModels } from './models.js';
 import { fail } from './toast.js';
 
-const button = (label, run, primary = false, testid = null) =>
+export const button = (label, run, primary = false, testid = null) =>
   h('button', { type: 'button', class: `sy-button${primary ? ' sy-primary' : ''}`, onclick: run, 'data-testid': testid }, label);
 
 const STATES = { loading: 'Loading', ready: 'Ready', unloading: 'Unloading', failed: 'Failed' };
@@ -60,19 +60,6 @@ function modelRow(model) {
   );
 }
 
-function loaderRow(loader) {
-  const state = loader.ready ? 'ready' : loader.installed ? 'loading' : 'empty';
-  return h(
-    'li',
-    { class: 'sy-card', 'data-testid': 'loader-row', 'data-loader': loader.name },
-    h('div', { class: 'sy-state', 'data-state': state }, h('span', { class: 'sy-lamp' }), h('strong', {}, loader.title), h('span', { class: 'sy-badge' }, loader.ready ? 'Ready' : loader.installed ? 'Installed' : 'Not installed')),
-    h('p', { class: 'sy-hint' }, loader.summary),
-    loader.reason ? h('p', { class: 'sy-card-reason' }, loader.reason) : '',
-    loader.fix ? h('p', { class: 'sy-card-fix' }, 'Fix: ', h('code', {}, loader.fix)) : '',
-    h('div', { class: 'sy-card-actions' }, !loader.installed && loader.fix ? button('Install', () => window.switchyard.install(loader.name)) : ''),
-  );
-}
-
 export function mount({ element }) {
   const root = element.querySelector('.sy-models');
   if (root.dataset.mounted) return;
@@ -80,21 +67,17 @@ export function mount({ element }) {
   const memory = h('span', { class: 'sy-hint' });
   const residents = h('div', { class: 'sy-cards' });
   const list = h('ul', { class: 'sy-cards' });
-  const loaders = h('ul', { class: 'sy-cards' });
   root.replaceChildren(
     h('div', { class: 'sy-page-head' }, h('h2', {}, 'In memory'), memory),
     residents,
     h('div', { class: 'sy-page-head' }, h('h2', {}, 'Models'), button('Refresh', () => refreshModels().then(() => window.switchyard?.refreshControls()), false, 'refresh-models')),
     list,
-    h('div', { class: 'sy-page-head' }, h('h2', {}, 'Backends')),
-    loaders,
   );
   watchModels(() => {
     const { total, available } = models.memory || {};
     memory.textContent = total ? `${bytes(available)} of ${bytes(total)} free on this machine` : '';
     residents.replaceChildren(...(models.residents.length ? models.residents.map(residentCard) : [h('p', { class: 'sy-hint' }, 'No model is loaded.')]));
     keepOpen(list, models.list.map(modelRow));
-    loaders.replaceChildren(...models.loaders.map(loaderRow));
   });
 }
 
