@@ -1,7 +1,8 @@
 """CUDA kernel of the GPTQ runtime: x [m, in] times packed weights, dequantised tile by tile, in Triton.
 
-Written for 2, 4 and 8 bits (3-bit words straddle tiles: `unpack` runs those). Not run in this project's tests, which have no
-GPU: on first use the result is compared with the exact product, and a kernel that is off is not used.
+Written for 2, 4 and 8 bits (3-bit words straddle tiles: `unpack` runs those). This project's tests have no GPU and run it in
+Triton's interpreter where Triton is installed; on first use the result is compared with the exact product, and a kernel that
+is off is not used.
 """
 
 from __future__ import annotations

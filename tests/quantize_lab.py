@@ -139,6 +139,38 @@ def run_kernels(folder: Path) -> Any:
     return {"int4": kernels.int4_works(), "results": results}
 
 
+def triton(folder: Path) -> Any:
+    """The CUDA kernel's errors in Triton's interpreter, on the CPU; None without Triton."""
+    import importlib.util
+    import os
+
+    if importlib.util.find_spec("triton") is None:
+        return None
+    os.environ["TRITON_INTERPRET"] = "1"
+    from loaders._gptq_triton import TritonLinear
+
+    errors = {}
+    for bits in (2, 4, 8):
+        for group, order in ((32, False), (64, True), (128, False)):
+            layer = Unpacked(
+                torch.randint(0, 1 << bits, (256, 96), dtype=torch.uint8),
+                torch.rand(256 // group, 96) * 0.01,
+                torch.randint(1, 1 << bits, (256 // group, 96)).float(),
+                bits,
+                group,
+                None,
+                torch.randperm(256) if order else None,
+                torch.randn(96),
+            )
+            for rows in (1, 70):
+                x = torch.randn(rows, 256)
+                wanted = kernels.DenseLinear(layer)(x)
+                kernel = TritonLinear(layer)
+                error = float((kernel(x) - wanted).abs().max() / wanted.abs().max())
+                errors[f"{bits} bits, group {group}, {rows} rows"] = [error, kernel._fallback is None]
+    return errors
+
+
 # --- whole models ----------------------------------------------------------------------------------------------
 
 
@@ -531,6 +563,7 @@ EXPERIMENTS = {
     "layers": layers,
     "odd_layers": odd_layers,
     "kernels": run_kernels,
+    "triton": triton,
     "architectures": architectures,
     "variants": variants,
     "interrupted": interrupted,

@@ -86,6 +86,15 @@ def test_kernels_multiply_right(lab: Lab) -> None:
         assert row["error"] < (0.015 if row["kernel"] == "int4" else 2e-6), row
 
 
+def test_triton_kernel_in_the_interpreter(lab: Lab) -> None:
+    found = lab("triton")
+    if found is None:
+        pytest.skip("Triton is not installed (it comes with torch's CUDA builds)")
+    assert len(found) == 18
+    for case, (error, used) in found.items():
+        assert error < 2e-6 and used, case
+
+
 # --- whole models ----------------------------------------------------------------------------------------------
 
 
