@@ -12,7 +12,7 @@ from loaders._process import peak_memory
 from modules.assemble import TokenAssembler
 from modules.detokenize import WindowDetokenizer
 from modules.errors import ContextLengthExceeded, GenerateOutOfMemory, GenerationFailed, InvalidParameter
-from modules.samplers import SamplerChain, new_seed, token_logprob
+from modules.samplers import SamplerChain, SequenceBreakers, new_seed, token_logprob
 from modules.schema import Done, Event, GenerationRequest, PrefillProgress, Timings, TokenEvent, TokenLogprob, Usage
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ class HfRunner:
         self._eos_ids = loaded.eos_ids
         self._chunk = prefill_chunk
         self._prefix = PrefixCache(loaded.model.config)
+        self._breakers = SequenceBreakers(self.info.vocab_size, self.text.token_text)
         newline = self.text.encode("\n", add_special=False)[-1:]
         self._protected = frozenset(loaded.eos_ids | set(newline))
         self._step([*self._prompt_of_one()], 1)  # the first pass sets up kernels: not in the first request's time
@@ -115,7 +116,7 @@ class HfRunner:
             ids,
             self.info.vocab_size,
             eos_ids=assembler.end_ids or self._eos_ids,
-            token_text=self.text.token_text,
+            breakers=self._breakers,
             protected_ids=self._protected,
         )
         cached = self._prefix.reuse(ids)

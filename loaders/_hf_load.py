@@ -50,8 +50,7 @@ class Loaded:
 def load(path: str, options: dict[str, Any], progress: Progress) -> Loaded:
     """The model at `path` with checked `options` of the loader's spec. Raises LoadError's subclasses."""
     folder = Path(path)
-    trust = bool(options["trust_remote_code"])
-    config_json = check_folder(folder, trust)
+    config_json = check_folder(folder)
     progress(LoadProgress("Starting Transformers"))
     import torch
     import transformers
@@ -61,10 +60,10 @@ def load(path: str, options: dict[str, Any], progress: Progress) -> Loaded:
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     with _typed_errors(config_json):
-        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trust, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     progress(LoadProgress("Reading the tokenizer"))
     with _typed_errors(config_json, "The tokenizer can't be read"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=trust, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     with _typed_errors(config_json):
         arguments = native_options(options, folder, config, torch)
         progress(LoadProgress("Reading weights", 0.0))
@@ -73,7 +72,7 @@ def load(path: str, options: dict[str, Any], progress: Progress) -> Loaded:
             model, report = transformers.AutoModelForCausalLM.from_pretrained(
                 path,
                 config=config,
-                trust_remote_code=trust,
+                trust_remote_code=False,
                 local_files_only=True,
                 use_safetensors=True,
                 output_loading_info=True,
@@ -100,7 +99,7 @@ def load(path: str, options: dict[str, Any], progress: Progress) -> Loaded:
 # --- checks before any library reads the files -----------------------------------------------------------------
 
 
-def check_folder(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
+def check_folder(folder: Path) -> dict[str, Any]:
     """config.json, after the checks that need no library: files present, no code to run, no pickles."""
     if not folder.exists():
         raise LoadError(f"There is nothing at {folder}.", hint="Refresh the model list: it was moved or deleted.")
@@ -118,8 +117,7 @@ def check_folder(folder: Path, trust_remote_code: bool) -> dict[str, Any]:
             raise CorruptModel(f"{name} is no valid JSON: {error}.", hint="Fetch the file again.") from error
         if not isinstance(content, dict):
             raise CorruptModel(f"{name} is no JSON object.", hint="Fetch the file again.")
-        if not trust_remote_code:
-            refuse_code(name, content)
+        refuse_code(name, content)
         if name == "config.json":
             config = content
     if not any(folder.glob("*.safetensors")):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from loaders._llama_capi import AbortCallback, LlamaLibrary, LogCallback, ProgressCallback, Token
 from modules.detect.ggml_types import FILE_TYPES
 from modules.errors import CorruptModel, IncompatibleModel, InvalidParameter, LoadError, LoadOutOfMemory
+from modules.samplers import SequenceBreakers
 from modules.schema import LoadProgress, ModelInfo, Quantization
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class LlamaModel:
         self.ctx = self._new_context(options)
         self._attach_adapters(options)
         self.eos_ids = frozenset(i for i in range(self.n_vocab) if lib.llama_vocab_is_eog(self.vocab, i))
+        self.breakers = SequenceBreakers(self.n_vocab, lambda token: self.piece(token).decode("utf-8", "replace"))
         self.bos_id = int(lib.llama_vocab_bos(self.vocab))
         self.info = self._describe(options, trained)
 

@@ -127,7 +127,7 @@ class NativeSampler:
                 prompt_ids,
                 model.n_vocab,
                 eos_ids=self._end_ids,
-                token_text=lambda i: model.piece(i).decode("utf-8", "replace"),
+                breakers=model.breakers,
                 protected_ids=model.eos_ids | set(model.encode("\n", False)[-1:]),
             )
         else:

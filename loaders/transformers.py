@@ -97,13 +97,6 @@ SPEC = LoaderSpec(
         ),
         OptionSpec("threads", "int", 0, "CPU threads; 0 is one per core.", minimum=0, maximum=1024),
         OptionSpec("prefill_chunk", "int", 512, "Tokens per step of the prefill.", minimum=16, maximum=65_536, advanced=True),
-        OptionSpec(
-            "trust_remote_code",
-            "bool",
-            False,
-            "Run Python code that came with the model. It can do anything you can; only for authors you trust.",
-            advanced=True,
-        ),
     ),
     features=frozenset({"logprobs", "echo", "lora", "score", "embeddings"}),
     overlay="transformers",

@@ -14,8 +14,10 @@ import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Iterator
-from typing import TYPE_CHECKING, Any
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import uvicorn
 from fastapi import FastAPI
@@ -37,7 +39,9 @@ if TYPE_CHECKING:
     from modules.services import Services
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
+SAME_SIGNAL_S = 0.5  # a terminal and a start script that passes it on may both deliver one Ctrl-C
 GRACE_S = 2  # for streams that don't end by themselves, after all generations have been stopped
 
 
@@ -103,7 +107,7 @@ async def _bring_page(app: FastAPI, services: Services) -> None:
         return mount(app, services)
 
     try:
-        mounted = await asyncio.to_thread(build)
+        mounted = await _in_daemon_thread(build)
         await mounted.start()
         app.router.routes[:] = [route for route in app.router.routes if getattr(route, "endpoint", None) is not _splash]
         services.ui_state = "ready"
@@ -117,6 +121,32 @@ async def _bring_page(app: FastAPI, services: Services) -> None:
     finally:
         if mounted is not None:
             await mounted.close()
+
+
+async def _in_daemon_thread(work: Callable[[], T]) -> T:
+    """`work` in a thread that the end of the server does not wait for: Gradio's import takes seconds."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(result: T | None, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(result)  # type: ignore[arg-type]
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = work()
+        except BaseException as caught:
+            error = caught
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(settle, result, error)
+
+    threading.Thread(target=run, name="page", daemon=True).start()
+    return await future
 
 
 # --- serving -------------------------------------------------------------------------------------------------------
@@ -178,7 +208,6 @@ def _url(config: Config, port: int) -> str:
 
 
 def _open_browser(url: str) -> None:
-    import threading
     import webbrowser
 
     threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
@@ -190,6 +219,7 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, services: Services) -> None:
         super().__init__(config)
         self._services = services
+        self._signalled_at: float | None = None
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -204,14 +234,17 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.should_exit:
+        now = time.monotonic()
+        if self._signalled_at is None:
+            self._signalled_at = now
+            self.should_exit = True
+        elif now - self._signalled_at > SAME_SIGNAL_S:
             for resident in self._services.manager.residents():
                 with contextlib.suppress(AppError, OSError):
                     pid = self._services.manager.client(resident.id).pid
                     if pid is not None:
                         os.kill(pid, getattr(signal, "SIGKILL", signal.SIGTERM))
             os._exit(130)
-        self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await end_streams(self._services)

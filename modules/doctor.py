@@ -34,6 +34,7 @@ LATER = {
 ORDER = ("transformers", "llamacpp", "autogptq", "gptq_for_llama", "exllama", "rwkv", "flexgen", "remote", "echo")
 IMPORT_TIMEOUT_S = 180
 SMOKE_TIMEOUT_S = 180
+NO_MODEL = "no small "  # how the fix begins when there is nothing to try a loader on
 SMOKE_PROMPT = "Once upon a time"
 SMOKE_TOKENS = 8
 SMALL_MODEL_BYTES = 200 << 20
@@ -173,7 +174,7 @@ def _check_smoke(row: Row, spec: LoaderSpec, overlays: Overlays, config: Config)
     model = smoke_model(spec, config)
     if model is None:
         formats = " or ".join(sorted(spec.formats))
-        row.fix = f"no small {formats} model to try it on: put one under {config.model_dir}"
+        row.fix = f"{NO_MODEL}{formats} model to try it on: put one under {config.model_dir}"
         return
     problem = asyncio.run(_smoke(spec, overlays, config, model))
     row.smoke_ok = problem is None

@@ -227,6 +227,7 @@ class Run:
         self.resident, self.position, self.estimate_s = lease.resident, 0, None
         lease.on_cancel = lambda: self.stop("switch")
         request = self.request = await self._prepare(lease.resident, lease.client)
+        log.debug("run %s: prompt %r", self.id, request.prompt if request.prompt is not None else request.token_ids)  # --verbose
         self._client = lease.client
         self._set_state("prefill")
         events = lease.client.generate(request)

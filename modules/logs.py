@@ -87,6 +87,7 @@ def set_up(folder: Path | None, *, verbose: bool = False, secrets: Iterable[str]
         root.addHandler(handler)
     root.setLevel(logging.INFO)
     logging.getLogger("modules").setLevel(logging.DEBUG if verbose else logging.INFO)
+    logging.getLogger("uvicorn.access").setLevel(logging.INFO if verbose else logging.WARNING)
     for noisy in ("uvicorn", "uvicorn.error", "httpx", "asyncio", "gradio"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     if problem:

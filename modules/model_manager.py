@@ -197,6 +197,8 @@ class ModelManager:
         self._check_open()
         place = self._same(model, spec, complete, explicit=loader is not None or options is not None)
         keep = True if when_busy == "beside" else keep_others
+        if activate and keep is False:
+            self._supersede(place)
         if place is None:
             place = Place(f"r{next(self._ids)}", model, spec, complete, self._changed)
             self._places[place.id] = place
@@ -209,7 +211,7 @@ class ModelManager:
             if place.state == "ready":
                 self._make_active(place)
                 if keep is False:
-                    self._remove_later(self._others(place), when_busy)
+                    self._remove_later([p for p in self._others(place) if p.state == "ready"], when_busy)
             else:
                 self._incoming = place
         self._changed()
@@ -219,8 +221,25 @@ class ModelManager:
         """Until this model is ready. Raises why it is not."""
         place = self._place(resident_id)
         if place.load_task is not None:
-            await asyncio.shield(place.load_task)
+            await self._loaded(place)
         return place.view()
+
+    async def _loaded(self, place: Place) -> None:
+        """Until its load is over. A cancelled load is its own error, not the cancellation of whoever waits."""
+        assert place.load_task is not None
+        try:
+            await asyncio.shield(place.load_task)
+        except asyncio.CancelledError:
+            if not place.load_task.cancelled():
+                raise
+            raise error_from_wire(place.error or {}) from None
+
+    def _supersede(self, place: Place | None) -> None:
+        """The user chose another model while one was still loading to become the active one: that one is not wanted."""
+        old = self._incoming
+        if old is not None and old is not place and not old.was_ready and old.load_task is not None:
+            old.load_task.cancel()
+            self._incoming = None
 
     async def activate(self, resident_id: str) -> Resident:
         """Let the chats use this one."""
@@ -499,13 +518,8 @@ class ModelManager:
                 return place
             if place.state == "failed":
                 self._restart(place)
-            assert place.load_task is not None
             try:
-                await asyncio.shield(place.load_task)
-            except asyncio.CancelledError:
-                if not place.load_task.cancelled():
-                    raise  # it is this request that was cancelled
-                raise error_from_wire(place.error or {}) from None
+                await self._loaded(place)
             except AppError:
                 # A failed switch leaves the old model serving those who named none.
                 if model_id is not None or self._find(None) in (None, place):

@@ -99,7 +99,10 @@ def explain(lines: Sequence[str], what: str) -> str:
 
 
 def is_resolution_failure(lines: Sequence[str]) -> bool:
+    """Whether other versions might do. Without a network pip finds no version of anything: that is another matter."""
     text = "\n".join(lines)
+    if any(re.search(pattern, text) for pattern, _ in _CAUSES):
+        return False
     return "ResolutionImpossible" in text or "No matching distribution found" in text or "requires a different Python" in text
 
 

@@ -58,6 +58,22 @@ def ignored_when_greedy(active: Mapping[str, Any]) -> dict[str, str]:
     return {name: _GREEDY for name in active if name in _CHOOSERS}
 
 
+class SequenceBreakers:
+    """For DRY: which tokens hold a sequence breaker. An engine keeps one, as reading a whole vocabulary takes a while."""
+
+    def __init__(self, vocab_size: int, token_text: TokenText) -> None:
+        self._vocab_size, self._token_text = vocab_size, token_text
+        self._known: dict[tuple[str, ...], frozenset[int]] = {}
+
+    def ids(self, breakers: tuple[str, ...]) -> frozenset[int]:
+        if breakers not in self._known:
+            if len(self._known) > 32:  # the breakers come from requests: don't collect them for ever
+                self._known.clear()
+            texts = ((i, self._token_text(i)) for i in range(self._vocab_size))
+            self._known[breakers] = frozenset(i for i, text in texts if any(mark in text for mark in breakers))
+        return self._known[breakers]
+
+
 class _Candidates:
     """The tokens still in the running. `ids` is None while that is the whole vocabulary."""
 
@@ -93,7 +109,7 @@ class SamplerChain:
     """Picks tokens for one generation.
 
     `params` are checked sampling parameters. `prompt_ids` start the history. `eos_ids` are what `ban_eos_token` and a
-    minimum length ban. `token_text` gives a token's text (for DRY's sequence breakers). `protected_ids` are never dropped by
+    minimum length ban. `breakers` finds DRY's sequence breakers (none without it). `protected_ids` are never dropped by
     XTC. `applied` and `ignored` are for the receipt; `seed` is the one in use.
     """
 
@@ -104,7 +120,7 @@ class SamplerChain:
         vocab_size: int,
         *,
         eos_ids: Iterable[int] = (),
-        token_text: TokenText | None = None,
+        breakers: SequenceBreakers | None = None,
         protected_ids: Iterable[int] = (),
     ) -> None:
         supported = {name: value for name, value in params.items() if name in SUPPORTED}
@@ -127,7 +143,8 @@ class SamplerChain:
         self._adaptive_sum = self._value("adaptive_target") / (1 - decay)
         self._adaptive_weight = 1 / (1 - decay)
         self._adaptive: tuple[sm.Indices | None, sm.Floats] | None = None
-        self._breakers = self._breaker_ids(token_text) if "dry_multiplier" in self._on else frozenset()
+        marks = tuple(self._on.get("dry_sequence_breakers", sampling.PARAMETERS["dry_sequence_breakers"].neutral))
+        self._breakers: frozenset[int] = breakers.ids(marks) if breakers and "dry_multiplier" in self._on else frozenset()
         self._bias = self._bias_arrays()
         self._steps = self._build(supported)
         self._needs_history = any(
@@ -191,12 +208,6 @@ class SamplerChain:
         if not bias:
             return None
         return np.array(list(bias), dtype=np.int64), np.array(list(bias.values()), dtype=np.float32)
-
-    def _breaker_ids(self, token_text: TokenText | None) -> frozenset[int]:
-        breakers = tuple(self._on.get("dry_sequence_breakers", sampling.PARAMETERS["dry_sequence_breakers"].neutral))
-        if token_text is None or not breakers:
-            return frozenset()
-        return frozenset(i for i in range(self._vocab_size) if any(mark in token_text(i) for mark in breakers))
 
     def _build(self, params: Mapping[str, Any]) -> tuple[Step, ...]:
         on = self._on

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from modules import llamacpp_build
 from modules.console import Console
+from modules.doctor import NO_MODEL
 from modules.environments import Installer, pip_env
 from modules.overlays import (
     Overlays,
@@ -60,8 +61,13 @@ def pull(root: Path) -> str:
     if git(root, "status", "--porcelain", "--untracked-files=no"):
         return "this checkout has local changes: the code is left as it is, only the environments are renewed"
     before = commit(root)
-    if git(root, "pull", "--ff-only", "--quiet") is None:
-        raise SetupError("git pull --ff-only failed: check the network, or that your branch has no commits of its own.")
+    done = subprocess.run(["git", "pull", "--ff-only", "--quiet"], cwd=root, capture_output=True, encoding="utf-8", check=False)
+    if done.returncode != 0:
+        reasons = [line.strip() for line in done.stderr.splitlines() if line.startswith(("fatal:", "error:"))]
+        raise SetupError(
+            f"git pull --ff-only failed ({reasons[-1] if reasons else 'no reason given'}): check the network, that your "
+            "branch has no commits of its own and that no file of yours is in the way."
+        )
     after = commit(root)
     return "the code is up to date" if before == after else f"code updated from {str(before)[:9]} to {str(after)[:9]}"
 
@@ -134,7 +140,8 @@ def _smoke(new: Overlays) -> None:
         raise SetupError("the test of the new environments did not end") from error
     except ValueError as error:
         raise SetupError(f"the new environments do not start: {_last_line(done.stderr)}") from error
-    failed = [row for row in report["loaders"] if row["installed"] and row["device_ok"] and not row["smoke_ok"]]
+    tried = [row for row in report["loaders"] if row["installed"] and row["device_ok"] and not row["fix"].startswith(NO_MODEL)]
+    failed = [row for row in tried if not row["smoke_ok"]]
     if failed:
         raise SetupError(f"{failed[0]['name']} fails its test in the new environments: {failed[0]['fix']}")
 

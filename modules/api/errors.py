@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from modules.errors import AppError, Conflict, InvalidParameter, MethodNotAllowed, NotFound, RequestError
 
@@ -61,11 +61,18 @@ async def _unexpected(request: Request, error: Exception) -> JSONResponse:
     return response_of(AppError("The server failed at this request.", hint="Its log says why."))
 
 
+async def _left(request: Request, error: Exception) -> Response:
+    """The client went away while it sent its body: an ordinary end, and nobody reads this."""
+    return Response(status_code=499)
+
+
 def install(app: FastAPI) -> None:
     """Register the handlers."""
     from fastapi.exceptions import RequestValidationError
     from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect
 
+    app.add_exception_handler(ClientDisconnect, _left)
     app.add_exception_handler(AppError, _app_error)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _http_error)  # type: ignore[arg-type]
     app.add_exception_handler(RequestValidationError, _validation_error)  # type: ignore[arg-type]

@@ -12,12 +12,16 @@ if TYPE_CHECKING:
     import asyncio
 
 HEAD_DEADLINE_S = 15.0
+DISCARD_S = 5.0
 
 
 class DeadlineProtocol(H11Protocol):
-    """Closes a connection whose request head is not complete HEAD_DEADLINE_S after it began, however it trickles in."""
+    """Closes a connection whose request head is not complete HEAD_DEADLINE_S after it began, however it trickles in.
 
-    head_deadline_s = HEAD_DEADLINE_S
+    A request that was answered before its body was read (413, 401) has DISCARD_S to send the rest, which is thrown away: closing
+    at once would reset the connection, and the client would never see the answer.
+    """
+
     _deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
@@ -30,13 +34,16 @@ class DeadlineProtocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
-        if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
-            self._arm()
-        elif self.conn.their_state is not h11.IDLE:
+        if self.conn.their_state is h11.IDLE:
+            if self.conn.trailing_data[0]:
+                self._arm()
+        elif not self._discarding:
             self._disarm()
 
     def on_response_complete(self) -> None:
         super().on_response_complete()
+        if self._discarding and not self.transport.is_closing():
+            self._arm(DISCARD_S)
         # A next request that came in halfway during this one has begun its head.
         if not self.transport.is_closing() and self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:
             self._arm()
@@ -55,9 +62,14 @@ class DeadlineProtocol(H11Protocol):
             self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
 
-    def _arm(self) -> None:
+    @property
+    def _discarding(self) -> bool:
+        answered = self.cycle is not None and self.cycle.response_complete
+        return answered and self.conn.their_state is h11.SEND_BODY
+
+    def _arm(self, seconds: float = HEAD_DEADLINE_S) -> None:
         if self._deadline is None:
-            self._deadline = self.loop.call_later(self.head_deadline_s, self._too_late)
+            self._deadline = self.loop.call_later(seconds, self._too_late)
 
     def _disarm(self) -> None:
         if self._deadline is not None:

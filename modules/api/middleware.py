@@ -240,8 +240,6 @@ class Guard:
             response.headers["Retry-After"] = "2"
         if isinstance(error, Unauthorized):
             response.headers["WWW-Authenticate"] = "Bearer"
-        if headers.has_body:
-            response.headers["Connection"] = "close"  # the rest of the body is not read
         await response(scope, receive, _with_headers(send, foreign))
 
 

@@ -57,7 +57,8 @@ def _stories(name: str) -> Callable[[], Path | None]:
 
 def _bundled(name: str) -> Callable[[], Path | None]:
     path = ROOT / "models" / name
-    return lambda: path if path.exists() else None
+    content = path if path.suffix else path / "config.json"
+    return lambda: path if content.is_file() else None
 
 
 @cache
@@ -82,12 +83,40 @@ _WREN = "the bundled model"
 
 ROWS = (
     Row("echo", "echo", lambda: "echo", byte_exact=True),
-    Row("transformers-wren", "transformers", _bundled("wren-6m"), {"dtype": "float32"}, _WREN),
-    Row("transformers-stories", "transformers", _stories("hf"), {"dtype": "float32"}, _STORIES),
-    Row("llama_cpp-wren", "llamacpp", _bundled("wren-6m-gguf/wren-6m-F16.gguf"), {"engine": "llama_cpp"}, _WREN, "llama_cpp"),
-    Row("llama_cpp-stories", "llamacpp", _stories("stories260K-f32.gguf"), {"engine": "llama_cpp"}, _STORIES, "llama_cpp"),
-    Row("xllamacpp-wren", "llamacpp", _bundled("wren-6m-gguf/wren-6m-F16.gguf"), {"engine": "xllamacpp"}, _WREN, "xllamacpp"),
-    Row("xllamacpp-stories", "llamacpp", _stories("stories260K-f32.gguf"), {"engine": "xllamacpp"}, _STORIES, "xllamacpp"),
+    Row("transformers-wren", "transformers", _bundled("wren-6m"), {"dtype": "float32", "threads": 1}, _WREN),
+    Row("transformers-stories", "transformers", _stories("hf"), {"dtype": "float32", "threads": 1}, _STORIES),
+    Row(
+        "llama_cpp-wren",
+        "llamacpp",
+        _bundled("wren-6m-gguf/wren-6m-F16.gguf"),
+        {"engine": "llama_cpp", "threads": 1},
+        _WREN,
+        "llama_cpp",
+    ),
+    Row(
+        "llama_cpp-stories",
+        "llamacpp",
+        _stories("stories260K-f32.gguf"),
+        {"engine": "llama_cpp", "threads": 1},
+        _STORIES,
+        "llama_cpp",
+    ),
+    Row(
+        "xllamacpp-wren",
+        "llamacpp",
+        _bundled("wren-6m-gguf/wren-6m-F16.gguf"),
+        {"engine": "xllamacpp", "threads": 1},
+        _WREN,
+        "xllamacpp",
+    ),
+    Row(
+        "xllamacpp-stories",
+        "llamacpp",
+        _stories("stories260K-f32.gguf"),
+        {"engine": "xllamacpp", "threads": 1},
+        _STORIES,
+        "xllamacpp",
+    ),
     Row("gptq-wren", "gptq_for_llama", _gptq("wren-6m", bits=4, group_size=128), {"threads": 1}, _WREN),
     Row(
         "gptq-wren-int4",
@@ -107,7 +136,7 @@ ROWS = (
         "xllamacpp_server-stories",
         "llamacpp",
         _stories("stories260K-f32.gguf"),
-        {"engine": "xllamacpp_server"},
+        {"engine": "xllamacpp_server", "threads": 1},
         _STORIES,
         "xllamacpp",
         lacks=frozenset({"score", "echo", "min_tokens", "all_samplers"}),

@@ -23,7 +23,7 @@ from modules.errors import (
     UnsafeModel,
     UnsupportedParameter,
 )
-from modules.schema import PrefillProgress, StopParams
+from modules.schema import LoadProgress, PrefillProgress, StopParams
 from tests.contract.conftest import Answer, Bench
 from tests.contract.gguf_file import write_gguf
 from tests.contract.rows import ROWS, STORY, Row
@@ -249,6 +249,32 @@ def test_hf_and_gguf_give_the_same_greedy_text(bench: Bench, shared: Path) -> No
         ", there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball. "
         "She wanted to play with it, but it was too high.\nLily"
     )
+
+
+# --- embeddings, progress -----------------------------------------------------------------------------------------
+
+
+def test_embeddings(bench: Bench) -> None:
+    only(bench, "transformers")
+
+    def embed(text: str) -> list[float]:
+        return list(bench.run(bench.client.embed(bench.run(bench.client.encode(text, add_special=True)))))
+
+    def likeness(one: list[float], other: list[float]) -> float:
+        return sum(a * b for a, b in zip(one, other, strict=True))
+
+    dog, again, puppy, law = map(embed, ("The dog ran home.", "The dog ran home.", "The dog ran to the park.", "Sum 4 + 4."))
+    assert dog == again and likeness(dog, dog) == pytest.approx(1.0, abs=1e-4)
+    assert likeness(dog, puppy) > likeness(dog, law)
+
+
+def test_loading_tells_how_far_it_is(fresh: Bench) -> None:
+    seen: list[LoadProgress] = []
+    fresh.run(fresh.client.load(str(model_path(fresh)), fresh.options(), seen.append))
+    assert all(event.stage for event in seen)
+    reading = [event.fraction for event in seen if event.stage == "Reading weights" and event.fraction is not None]
+    if "server" not in fresh.row.id:
+        assert len(reading) > 2 and reading == sorted(reading) and reading[-1] > 0.8
 
 
 # --- load options -------------------------------------------------------------------------------------------------

@@ -210,7 +210,7 @@ def check(page: Page, name: str, *arguments: Any) -> Any:
 
 
 def body(message: Any) -> str:
-    return str(message.locator(".sy-body").text_content())
+    return str(message.locator(".sy-body").text_content()).strip()
 
 
 @pytest.fixture

@@ -104,12 +104,12 @@ def test_markdown_streams_to_the_same_page_as_a_reload(visit: Visit) -> None:
     link = content.locator("a", has_text="a link")
     assert link.get_attribute("rel") == "noopener noreferrer nofollow"
     assert link.get_attribute("target") == "_blank"
-    streamed = content.evaluate("(node) => node.innerText")
+    streamed = "".join(body(message).split())
     page.reload()
     ready(page)
     expect(page.locator(".sy-message").last.locator("pre .hljs-keyword").first).to_be_attached()
     expect(page.locator(".sy-message").last.locator(".katex-display")).to_have_count(2)
-    assert page.locator(".sy-message").last.locator(".sy-body").evaluate("(node) => node.innerText").split() == streamed.split()
+    assert "".join(body(page.get_by_test_id("message").last).split()) == streamed
 
 
 def test_code_can_be_copied(visit: Visit) -> None:
@@ -173,6 +173,40 @@ def test_a_hostile_title_is_only_text(visit: Visit, server: Server, attack: str)
     expect(page.get_by_test_id("title")).to_have_text(attack)
     assert page.evaluate("window.__xss") is None
     server.api("PATCH", f"/ui-api/conversations/{chat}", {"title": "harmless"})
+
+
+def test_a_hostile_import_is_shown_as_far_as_it_makes_sense(visit: Visit, server: Server) -> None:
+    receipt = {
+        "usage": "x",
+        "decode_tok_s": "<img src=x onerror=window.__xss=1>",
+        "ttft_ms": {},
+        "warnings": 3,
+        "ignored": [1],
+        "seed": "<b>",
+    }
+    error = {"code": [], "message": {"a": 1}, "detail": "<script>window.__xss=2</script>"}
+    nodes = [
+        {"id": "a", "parent": None, "role": "user", "text": "hello"},
+        {
+            "id": "b",
+            "parent": "a",
+            "role": "assistant",
+            "text": "there",
+            "model": "<i>",
+            "receipt": receipt,
+            "error": error,
+            "status": "failed",
+        },
+    ]
+    file = {"format": "switchyard-conversation", "version": 1, "title": "odd", "system_prompt": "", "leaf": "b", "nodes": nodes}
+    kind = server.api("GET", f"/ui-api/conversations/{server.import_chat(['x', 'y'])}/export")["format"]
+    page = visit.open(server.api("POST", "/ui-api/conversations/import", {**file, "format": kind})["id"])
+    expect(page.get_by_test_id("message")).to_have_count(2)
+    expect(page.get_by_test_id("error-card")).to_be_visible()
+    page.get_by_test_id("receipt-chip").click()
+    expect(page.get_by_test_id("receipt")).to_contain_text("<b>")
+    page.keyboard.press("Escape")
+    assert page.evaluate("window.__xss") is None
 
 
 def test_a_remote_image_is_a_link(visit: Visit) -> None:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from modules.engine_client import EngineClient, OnProgress
-from modules.errors import EngineDead, LoadError, ModelNotFound
+from modules.errors import EngineDead, LoadError, LoadOutOfMemory, ModelNotFound
 from modules.schema import Done, Event, GenerationRequest, LoaderSpec, LoadProgress, ModelFiles, ModelInfo, TokenEvent, Usage
 
 SPEC = LoaderSpec(
@@ -56,6 +56,8 @@ class FakeClient(EngineClient):
         if on_progress is not None:
             on_progress(LoadProgress("Reading weights", 0.5))
         await self.host.load_gate.wait()
+        if path in self.host.no_memory:
+            raise LoadOutOfMemory("too small")
         if path in self.host.fail_load:
             raise LoadError("no good")
         self.info = ModelInfo(path.rpartition("/")[2], path, "fake", "hf", context_length=self.host.context)
@@ -100,6 +102,7 @@ class FakeHost:
         self.loads: list[str] = []
         self.order: list[str] = []
         self.fail_load: set[str] = set()
+        self.no_memory: set[str] = set()
         self.tokens = 3
         self.context = 100
         self.load_gate = asyncio.Event()

@@ -19,7 +19,7 @@ import pytest
 
 from modules.environments import Installer, requirements_hash
 from modules.overlays import MARKER, Overlays, env_python, read_json, site_packages, write_json
-from modules.pip_output import PipProgress, SetupError, explain, venv_help
+from modules.pip_output import PipProgress, SetupError, explain, is_resolution_failure, venv_help
 from modules.sets import new_set, open_set, set_lock
 from modules.site_packages import broken_packages, installed_packages
 from tests.conftest import ROOT
@@ -274,6 +274,24 @@ def test_pip_failures_are_one_line(output: str, says: str) -> None:
     line = explain(output.splitlines(), "the parent")
     assert says in line
     assert "\n" not in line
+
+
+def test_other_versions_are_tried_only_when_they_could_help() -> None:
+    none = "ERROR: No matching distribution found for numpy==2.4.6"
+    assert is_resolution_failure([none])
+    assert is_resolution_failure(["ERROR: ResolutionImpossible: for help visit"])
+    assert not is_resolution_failure(["Temporary failure in name resolution", none])
+
+
+def test_a_lock_of_another_python_is_left(begun: Path) -> None:
+    locks = begun / "loaders" / "requirements" / "locks"
+    locks.mkdir()
+    (locks / "parent.txt").write_text("beta==7.7\n", encoding="utf-8")
+    lines: list[str] = []
+    setup = installer(begun, lines)
+    setup.ensure("parent")
+    assert setup.overlays.marker("parent")["packages"]["beta"] == "1.0"
+    assert any("do not fit this Python" in line for line in lines)
 
 
 def test_a_python_without_venv_names_the_package() -> None:

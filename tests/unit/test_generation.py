@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
 
 import pytest
 
-from modules.engine_client import EngineClient
 from modules.errors import ContextLengthExceeded, EngineDead, NoModelLoaded
 from modules.events import EventBus
 from modules.generation import Delta, End, Run, Runs, Status
 from modules.model_manager import ModelManager
-from modules.residents import Resident
 from modules.schema import GenerationRequest
 
 from .fake_engine import SPEC, Environment, FakeHost, FakeLibrary, settle
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from modules.engine_client import EngineClient
+    from modules.residents import Resident
 
 WHOLE = "a0 a1 a2 "
 

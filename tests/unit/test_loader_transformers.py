@@ -97,7 +97,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_a_good_folder_passes(folder: Path) -> None:
-    assert _hf_load.check_folder(folder, False) == {"model_type": "llama"}
+    assert _hf_load.check_folder(folder) == {"model_type": "llama"}
 
 
 @pytest.mark.parametrize(
@@ -111,28 +111,27 @@ def test_a_good_folder_passes(folder: Path) -> None:
 def test_a_missing_file_is_named(folder: Path, remove: str, error: type[LoadError], match: str) -> None:
     (folder / remove).unlink()
     with pytest.raises(error, match=match) as caught:
-        _hf_load.check_folder(folder, False)
+        _hf_load.check_folder(folder)
     assert caught.value.hint
 
 
 def test_pickles_only_is_unsafe(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
     with pytest.raises(UnsafeModel, match="pickles"):
-        _hf_load.check_folder(folder, False)
+        _hf_load.check_folder(folder)
 
 
-def test_remote_code_is_refused_unless_trusted(folder: Path) -> None:
+def test_remote_code_is_refused(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps({"auto_map": {"AutoModel": "evil.Model"}}), encoding="utf-8")
     with pytest.raises(UnsafeModel, match="auto_map"):
-        _hf_load.check_folder(folder, False)
-    assert "auto_map" in _hf_load.check_folder(folder, True)
+        _hf_load.check_folder(folder)
 
 
 @pytest.mark.parametrize("content", ["[]", "{", "nothing"])
 def test_config_that_is_no_object(folder: Path, content: str) -> None:
     (folder / "config.json").write_text(content, encoding="utf-8")
     with pytest.raises(CorruptModel):
-        _hf_load.check_folder(folder, False)
+        _hf_load.check_folder(folder)
 
 
 def test_report_of_a_full_load_passes() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from modules import sampler_math as sm
 from modules import sampling
-from modules.samplers import SUPPORTED, SamplerChain, order, token_logprob
+from modules.samplers import SUPPORTED, SamplerChain, SequenceBreakers, order, token_logprob
 
 PROBS = np.array([0.5, 0.25, 0.125, 0.0625, 0.0625])
 LOGITS = np.log(PROBS)
@@ -321,12 +321,13 @@ def test_penalties_after_truncation_find_their_tokens():
 
 def test_dry_uses_breakers_by_text():
     texts = ["a", "b", ":", "c", "d"]
+    breakers = SequenceBreakers(5, texts.__getitem__)
     params = {"temperature": 0, "dry_multiplier": 10.0, "dry_allowed_length": 1}
     repeat = (0, 1, 3, 0, 1)
     logits = np.array([0.0, 0.0, 0.0, 2.0, 1.0])
-    assert SamplerChain(sampling.check(params), repeat, 5, token_text=texts.__getitem__).sample(logits) == 4
+    assert SamplerChain(sampling.check(params), repeat, 5, breakers=breakers).sample(logits) == 4
     broken = (0, 2, 3, 0, 2)
-    assert SamplerChain(sampling.check(params), broken, 5, token_text=texts.__getitem__).sample(logits) == 3
+    assert SamplerChain(sampling.check(params), broken, 5, breakers=breakers).sample(logits) == 3
 
 
 def test_encoder_penalty_favours_the_prompt():

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from modules import update as module
+from modules.doctor import NO_MODEL
 from modules.overlays import Overlays, read_json, state_path, write_json
 from modules.pip_output import SetupError
 from modules.sets import new_set, open_set
@@ -166,19 +167,19 @@ def test_rollback_without_an_earlier_set(checkout: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("script", "says"),
+    ("row", "says"),
     [
-        ("import sys; sys.exit('ImportError: gradio')", "do not start: ImportError: gradio"),
-        (
-            "import json; print(json.dumps({'loaders': [{'name': 'echo', 'installed': True, 'device_ok': True, 'smoke_ok': False,"
-            " 'fix': 'it died'}]}))",
-            "echo fails its test in the new environments: it died",
-        ),
-        ('print(\'{"loaders": [{"name": "x", "installed": false, "device_ok": true, "smoke_ok": false}]}\')', None),
+        ({"smoke_ok": False, "fix": "it died"}, "echo fails its test in the new environments: it died"),
+        ({"smoke_ok": True, "fix": ""}, None),
+        ({"installed": False, "smoke_ok": False, "fix": "install it"}, None),
+        ({"smoke_ok": False, "fix": f"{NO_MODEL}gguf model to try it on: put one there"}, None),
     ],
 )
-def test_the_new_environments_are_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, says: str | None) -> None:
-    (tmp_path / "server.py").write_text(script, encoding="utf-8")
+def test_the_new_environments_are_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, row: dict[str, object], says: str | None
+) -> None:
+    report = {"loaders": [{"name": "echo", "installed": True, "importable": True, "device_ok": True, **row}]}
+    (tmp_path / "server.py").write_text(f"print({json.dumps(json.dumps(report))})", encoding="utf-8")
     monkeypatch.setattr(module, "env_python", lambda path: sys.executable)
     new = Overlays(tmp_path / "set", tmp_path)
     if says is None:
@@ -186,6 +187,13 @@ def test_the_new_environments_are_tried(tmp_path: Path, monkeypatch: pytest.Monk
         return
     with pytest.raises(SetupError, match=says):
         module._smoke(new)
+
+
+def test_environments_that_do_not_start_are_told_by_their_last_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "server.py").write_text("import sys; sys.exit('ImportError: gradio')", encoding="utf-8")
+    monkeypatch.setattr(module, "env_python", lambda path: sys.executable)
+    with pytest.raises(SetupError, match="do not start: ImportError: gradio"):
+        module._smoke(Overlays(tmp_path / "set", tmp_path))
 
 
 def test_locks_leave_out_what_differs_by_machine(tmp_path: Path) -> None:

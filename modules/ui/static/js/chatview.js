@@ -9,6 +9,7 @@ import { emptyState } from './empty.js';
 import { icon } from './icons.js';
 import { loadModel, startModels, watchModels } from './models.js';
 import { RunFollower } from './run.js';
+import { setTheme, theme, themeChosen } from './theme.js';
 import { Thread } from './thread.js';
 import { fail, toast } from './toast.js';
 
@@ -56,7 +57,7 @@ class Chat {
     on('conversation', debounce((event) => this.#changedElsewhere(event), 40));
     on('resync', () => this.chat && this.open(this.chat.id, { quiet: true }));
     on('settings', () => this.#readSettings());
-    on('notice', ({ level, text }) => toast(text, { level: level || 'info' }));
+    on('notice', (notice) => this.#notice(notice));
     const wanted = new URLSearchParams(location.search).get('c') || local.get('sy-chat');
     this.#show(null);
     await Promise.all([this.#readSettings(), this.list.refresh(), startModels(), wanted ? this.open(wanted, { missing: true }) : null]);
@@ -65,11 +66,21 @@ class Chat {
     if (!isPhone()) this.composer.focus();
   }
 
+  /** The server repeats recent notices to every page that connects; this page shows each one once. */
+  #notice({ level, text }) {
+    this.noticed ??= new Set();
+    if (this.noticed.has(text)) return;
+    this.noticed.add(text);
+    setTimeout(() => this.noticed.delete(text), 600_000);
+    toast(text, { level: level || 'info' });
+  }
+
   async #readSettings() {
     try {
       const settings = await get('settings');
       this.composer.ctrlEnter = settings.send_with === 'ctrl_enter';
       this.root.classList.toggle('sy-no-receipts', settings.show_receipts === false);
+      if (!themeChosen() && settings.theme !== theme()) setTheme(settings.theme);
     } catch (error) {
       if (error.code !== 'offline') fail(error);
     }
@@ -112,8 +123,10 @@ class Chat {
       this.#remember(snapshot?.id);
     } else {
       // The stored end of an answer may arrive before its stream's: the view is then given back and drawn from the snapshot.
-      if (this.follower && this.follower.runId !== running(nodes)?.run) this.#unfollow();
+      const left = this.follower && this.follower.runId !== running(nodes)?.run ? this.follower.nodeId : null;
+      if (left) this.#unfollow();
       this.thread.update(nodes);
+      this.#announce(nodes.find((node) => node.id === left));
     }
     this.#follow(nodes);
     this.#drawHead();
@@ -179,11 +192,17 @@ class Chat {
     this.composer.setBusy(false);
     const at = this.chat.messages.findIndex((node) => node.id === final.id);
     if (at >= 0) this.chat.messages[at] = final;
-    const tokens = final.receipt?.usage?.completion_tokens;
-    this.live.textContent = final.error ? 'The answer failed.' : `The answer is complete${tokens ? `, ${plural(tokens, 'token')}` : ''}.`;
+    this.#announce(final);
     this.thread.follow();
-    if (document.hidden) document.title = `● ${document.title}`;
     this.open(this.chat.id, { quiet: true });
+  }
+
+  /** Say that an answer has come to its end: to a screen reader, and in the title of a tab in the background. */
+  #announce(node) {
+    if (!node || node.status === 'generating') return;
+    const tokens = node.receipt?.usage?.completion_tokens;
+    this.live.textContent = node.error ? 'The answer failed.' : `The answer is complete${tokens ? `, ${plural(tokens, 'token')}` : ''}.`;
+    if (document.hidden && !document.title.startsWith('●')) document.title = `● ${document.title}`;
   }
 
   async stop() {
@@ -368,6 +387,10 @@ export function mount({ element }) {
   const chat = new Chat(root);
   window.addEventListener('sy-drawer', () => chat.drawer());
   window.addEventListener('sy-fresh', () => chat.fresh());
+  // A phone's keyboard covers the lower part of the page without resizing it.
+  window.visualViewport?.addEventListener('resize', () => {
+    root.style.bottom = `${Math.max(0, innerHeight - visualViewport.height - visualViewport.offsetTop)}px`;
+  });
   window.addEventListener('focus', () => (document.title = document.title.replace(/^● /, '')));
   chat.start().catch(fail);
 }

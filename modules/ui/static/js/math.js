@@ -63,12 +63,15 @@ async function loadKatex() {
 export async function drawMath(root) {
   const spots = [...root.querySelectorAll('[data-sy-math]:not([data-sy-drawn])')];
   if (!spots.length) return;
+  // Taken before the wait: a second call for the same element must not draw the formula's own drawing.
+  for (const spot of spots) {
+    spot.dataset.syDrawn = '';
+    spot.title = spot.textContent.slice(0, 500);
+  }
   katex ??= loadKatex();
   const library = await katex;
   for (const spot of spots) {
     const tex = spot.textContent;
-    spot.dataset.syDrawn = '';
-    spot.title = tex.slice(0, 500);
     library.render(tex, spot, {
       displayMode: spot.dataset.syMath !== 'inline', throwOnError: false, trust: false, strict: 'ignore', maxExpand: 200, maxSize: 40,
     });

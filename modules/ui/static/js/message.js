@@ -1,7 +1,7 @@
 // One message on the page: its text, its actions, its receipt, its error card.
 
 import { decorate } from './decorate.js';
-import { bytes, copyText, h } from './dom.js';
+import { copyText, h } from './dom.js';
 import { icon } from './icons.js';
 import { fragment } from './markdown.js';
 import { receiptLine, receiptWarnings, showReceipt } from './receipt.js';
@@ -95,6 +95,9 @@ export class MessageView {
   #showNotes() {
     const { node } = this;
     this.notes.replaceChildren();
+    if (node.unsaved) {
+      this.notes.append(h('div', { class: 'sy-note', role: 'alert' }, icon('warning', 17), 'Not on disk yet: export this chat to be safe.'));
+    }
     if (node.error) this.notes.append(this.#errorCard(node.error));
     else if (node.status === 'interrupted' && node.receipt?.finish_reason !== 'cancelled') {
       this.notes.append(
@@ -111,7 +114,6 @@ export class MessageView {
     const cause = [
       detail.signal ? `signal ${detail.signal}` : null,
       detail.exit_code !== undefined && detail.exit_code !== null ? `exit code ${detail.exit_code}` : null,
-      detail.memory_bytes ? bytes(detail.memory_bytes) : null,
     ].filter(Boolean);
     const lines = Array.isArray(tail) ? tail.join('\n') : String(tail);
     return h(
@@ -146,6 +148,11 @@ export class MessageView {
     if (node.role === 'assistant') {
       this.bar.append(action('refresh', 'Regenerate', () => commands.regenerate(this.node), 'regenerate'));
       this.bar.append(action('forward', 'Continue', () => commands.continue(this.node), 'continue'));
+    }
+    if (node.role === 'user') {
+      const ask = action('refresh', 'Answer this message', () => commands.regenerate(this.node), 'ask');
+      ask.classList.add('sy-ask');
+      this.bar.append(ask);
     }
     this.bar.append(action('edit', 'Edit', () => this.edit(), 'edit'), action('trash', 'Delete', () => commands.remove(this.node), 'delete'));
     if (node.receipt) this.bar.append(this.#receiptChip(node));
@@ -233,7 +240,7 @@ export class MessageView {
 /** Whether two states of a node show the same bar and notes. A snapshot brings new objects for unchanged nodes. */
 function same(a, b) {
   return (
-    a.status === b.status && String(a.siblings) === String(b.siblings) && a.error?.message === b.error?.message &&
+    a.status === b.status && a.unsaved === b.unsaved && String(a.siblings) === String(b.siblings) && a.error?.message === b.error?.message &&
     Boolean(a.receipt) === Boolean(b.receipt) && a.receipt?.total_ms === b.receipt?.total_ms
   );
 }

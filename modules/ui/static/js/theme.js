@@ -8,6 +8,9 @@ const media = matchMedia('(prefers-color-scheme: dark)');
 
 export const theme = () => (THEMES.includes(local.get(KEY)) ? local.get(KEY) : 'system');
 
+/** Whether this browser has a choice of its own; else the server's setting counts. */
+export const themeChosen = () => local.get(KEY) !== null;
+
 export function applyTheme() {
   const choice = theme();
   const dark = choice === 'dark' || (choice === 'system' && media.matches);
