@@ -4,6 +4,7 @@ for each packed layer. The packed layers are those that the file holds."""
 from __future__ import annotations
 
 import json
+import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,7 +81,8 @@ def load(path: str, options: dict[str, Any], progress: Progress) -> _hf_load.Loa
     except AppError:
         raise
     except Exception as error:
-        raise _hf_load.typed(error, checkpoint.config_json) from error
+        traceback.print_exception(error)
+        raise _hf_load.typed(error, checkpoint.config_json, "The checkpoint can't be read") from error
     eos_ids = _hf_load.end_token_ids(model.generation_config.eos_token_id, tokenizer)
     info = _describe(path, options, model, tokenizer, config, eos_ids, checkpoint.settings, layouts, used, device)
     return _hf_load.Loaded(model, TextCodec(tokenizer), info, device, eos_ids)
@@ -94,7 +96,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
             hint="Get the checkpoint as .safetensors.",
         )
     folder = path if path.is_dir() else path.parent
-    config_json = _hf_load.check_folder(folder, trust_remote_code=False)
+    config_json = _hf_load.check_folder(folder)
     if path.is_file():
         kind = sniff(path)
         if kind != "safetensors":
