@@ -11,7 +11,7 @@ from loaders._hf_load import Loaded, is_out_of_memory
 from loaders._process import peak_memory
 from modules.assemble import TokenAssembler
 from modules.detokenize import WindowDetokenizer
-from modules.errors import ContextLengthExceeded, GenerateOutOfMemory, GenerationFailed, InvalidParameter
+from modules.errors import ContextLengthExceeded, GenerateOutOfMemory, GenerationFailed, InvalidParameter, LoadOutOfMemory
 from modules.samplers import SamplerChain, SequenceBreakers, new_seed, token_logprob
 from modules.schema import Done, Event, GenerationRequest, PrefillProgress, Timings, TokenEvent, TokenLogprob, Usage
 
@@ -82,7 +82,12 @@ class HfRunner:
         self._breakers = SequenceBreakers(self.info.vocab_size, self.text.token_text)
         newline = self.text.encode("\n", add_special=False)[-1:]
         self._protected = frozenset(loaded.eos_ids | set(newline))
-        self._step([*self._prompt_of_one()], 1)  # the first pass sets up kernels: not in the first request's time
+        try:
+            self._step(self._prompt_of_one(), 1)  # the first pass sets up kernels: not in the first request's time
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise LoadOutOfMemory("The memory is too small to run this model.", hint="Choose a smaller one.") from error
+            raise
         self._prefix.reset()
 
     def _prompt_of_one(self) -> list[int]:

@@ -50,8 +50,12 @@ class Batch(ctypes.Structure):
     )
 
 
+class TokenData(ctypes.Structure):
+    _fields_ = (("id", Token), ("logit", ctypes.c_float), ("p", ctypes.c_float))
+
+
 class TokenDataArray(ctypes.Structure):
-    """Candidates for the samplers; `data` points at (int32 id, float logit, float p) records."""
+    """Candidates for the samplers; `data` points at TokenData records."""
 
     _fields_ = (("data", Pointer), ("size", ctypes.c_size_t), ("selected", ctypes.c_int64), ("sorted", ctypes.c_bool))
 
@@ -201,6 +205,9 @@ class LlamaLibrary:
             setattr(self, name, function)
         self.context_fields = CONTEXT | check_layout(self.llama_model_default_params(), self.llama_context_default_params())
 
+        if not penalties_agree(self):
+            raise NoLlamaLibrary("its llama.h is another: the penalties sampler takes other arguments")
+
     def __getattr__(self, name: str) -> Callable[..., Any]:
         raise AttributeError(name)  # for the type checker: every function is an attribute
 
@@ -230,6 +237,19 @@ def check_layout(model: Params, context: Params) -> dict[str, tuple[str, int]]:
     if len(places) != 1:
         raise NoLlamaLibrary("its llama.h is another: the flags of llama_context_params are not where they should be")
     return {name: ("?", places[0] + index) for index, name in enumerate(_FLAGS)}
+
+
+def penalties_agree(lib: Any) -> bool:
+    """Whether the penalties sampler takes (n_vocab, last_n, repeat, frequency, presence): versions differ, and a wrong guess
+    would pass in silence. With a window of one only the last token accepted may be penalised."""
+    records = (TokenData * 3)(TokenData(0, 1.0, 0.0), TokenData(1, 1.0, 0.0), TokenData(2, 1.0, 0.0))
+    array = TokenDataArray(ctypes.addressof(records), 3, -1, False)
+    sampler = lib.llama_sampler_init_penalties(3, 1, 2.0, 0.0, 0.0)
+    for token in (1, 2):
+        lib.llama_sampler_accept(sampler, token)
+    lib.llama_sampler_apply(sampler, ctypes.byref(array))
+    lib.llama_sampler_free(sampler)
+    return [record.logit for record in records] == [1.0, 1.0, 0.5]
 
 
 def library_path(engine: str) -> Path:

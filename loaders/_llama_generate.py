@@ -14,7 +14,7 @@ from loaders._llama_sampling import NativeSampler
 from loaders._process import peak_memory
 from modules.assemble import TokenAssembler
 from modules.detokenize import ByteDetokenizer
-from modules.errors import ContextLengthExceeded, GenerateOutOfMemory, GenerationFailed, InvalidParameter
+from modules.errors import ContextLengthExceeded, GenerateOutOfMemory, GenerationFailed, InvalidParameter, LoadOutOfMemory
 from modules.samplers import token_logprob
 from modules.schema import Done, Event, GenerationRequest, PrefillProgress, Timings, TokenEvent, TokenLogprob, Usage
 
@@ -36,7 +36,10 @@ class LlamaRunner:
         self.info = model.info
         self._memory = self._lib.llama_get_memory(model.ctx)
         self._ids: list[int] = []  # what the KV cache holds
-        self._decode([self._first_id()])  # the first pass sets up buffers: not in the first request's time
+        try:
+            self._decode([self._first_id()])  # the first pass sets up buffers: not in the first request's time
+        except GenerateOutOfMemory as error:
+            raise LoadOutOfMemory("The memory is too small for this context.", hint=error.hint) from error
         self._forget()
 
     # --- generation -----------------------------------------------------------------------------------------

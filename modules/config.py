@@ -8,29 +8,28 @@ Flags keep text-generation-webui's names where they mean the same; both `--some-
 
 from __future__ import annotations
 
-import argparse
+import argparse  # noqa: TC003 - the annotations of Config are read at run time
 import dataclasses
 import difflib
 import importlib
 import ipaddress
 import os
 import shlex
-import shutil
 import sys
 import typing
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any
 
 from modules.errors import ConfigError
-from modules.foreign_flags import FOREIGN_FLAGS
+from modules.foreign_flags import FOREIGN_FLAGS, TRANSLATED
+from modules.options import ROOT as ROOT
+from modules.options import Formatter, Kind, Option, Parser, add_options, build_parser, sample_file
 
 if typing.TYPE_CHECKING:
     from modules.schema import OptionSpec
 
-ROOT = Path(__file__).resolve().parent.parent
-ENV_PREFIX = "SWITCHYARD_"
 LOOPBACK_HOST = "127.0.0.1"
 TORCH_HELP = "Torch build to install: auto, cpu, cu126, cu130, rocm7.2, xpu, mps. Read by the start scripts."
 
@@ -139,68 +138,6 @@ class Config:
 # --- the table as a parser -------------------------------------------------------------------------------------
 
 _INTERNAL = frozenset({"loader_options", "explicit", "command", "arguments", "warnings"})
-Kind = Literal["bool", "int", "float", "str", "path", "list"]
-
-
-@dataclass(frozen=True)
-class Option:
-    """One row of the table, of the server's or of a loader's."""
-
-    name: str
-    kind: Kind
-    default: Any
-    help: str
-    group: str
-    aliases: tuple[str, ...] = ()
-    metavar: str = ""
-    choices: tuple[str, ...] = ()
-
-    @property
-    def env(self) -> str:
-        return ENV_PREFIX + self.name.upper()
-
-    def flags(self) -> list[str]:
-        """With dashes; `normalise` has turned underscores into them."""
-        return list(dict.fromkeys(f"--{name.replace('_', '-')}" for name in (self.name, *self.aliases)))
-
-    def convert(self, value: Any, where: str) -> Any:
-        """A value of the environment or the settings file as this option's kind. Raises ConfigError."""
-        try:
-            return self._convert(value)
-        except (ValueError, TypeError) as error:
-            raise ConfigError(f"{where}: {value!r} is no {_KIND_NAMES[self.kind]}.", hint=self.help) from error
-
-    def _convert(self, value: Any) -> Any:
-        if value is None:
-            return None
-        if self.kind == "bool":
-            if isinstance(value, bool):
-                return value
-            return _BOOLS[str(value).strip().lower()]
-        if self.kind == "list":
-            return tuple(value.split(",")) if isinstance(value, str) else tuple(str(item) for item in value)
-        if isinstance(value, (bool, list, dict)):
-            raise ValueError(value)
-        if self.choices and str(value) not in self.choices:
-            raise ConfigError(f"{self.name} must be one of {', '.join(self.choices)}, not {value!r}.")
-        return _CONVERTERS[self.kind](value)
-
-
-class _Booleans(dict[str, bool]):
-    def __missing__(self, key: str) -> bool:
-        raise ValueError(key)
-
-
-_BOOLS = _Booleans(**dict.fromkeys(("1", "true", "yes", "on"), True), **dict.fromkeys(("0", "false", "no", "off", ""), False))
-_CONVERTERS: dict[str, Callable[[Any], Any]] = {"int": int, "float": float, "str": str, "path": lambda v: Path(v).expanduser()}
-_KIND_NAMES = {
-    "bool": "yes or no",
-    "int": "whole number",
-    "float": "number",
-    "str": "text",
-    "path": "path",
-    "list": "list",
-}
 
 
 def server_options() -> list[Option]:
@@ -271,84 +208,6 @@ def _drop_taken(rows: dict[str, Option], taken: set[str]) -> dict[str, Option]:
     return result
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse that raises ConfigError instead of ending the process, so that every message has one form."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message[:1].upper() + message[1:] + ".", hint="--help lists the flags.")
-
-
-def build_parser(rows: Sequence[Option]) -> argparse.ArgumentParser:
-    """The parser of the table. Nothing is set that was not given."""
-    parser = _Parser(
-        prog="server.py",
-        description="One web page and one API for every local LLM backend.",
-        epilog="Precedence: command line > SWITCHYARD_* environment > settings file > default. CMD_FLAGS.txt counts as "
-        "the beginning of the command line.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
-    add_options(parser, rows)
-    parser.add_argument("--print-config", action="store_true", help="Print a commented settings file and end.")
-    return parser
-
-
-def add_options(parser: argparse.ArgumentParser, rows: Sequence[Option], hidden: bool = False) -> None:
-    """The rows as arguments that set nothing unless given."""
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    for row in rows:
-        target: Any = parser if hidden else groups.setdefault(row.group, parser.add_argument_group(row.group))
-        text = argparse.SUPPRESS if hidden else _help(row)
-        target.add_argument(*row.flags(), dest=row.name, help=text, default=argparse.SUPPRESS, **_argparse_kind(row))
-
-
-def _help(row: Option) -> str:
-    default = "" if row.default in (None, False, "", ()) else f" Default: {_relative(row.default)}."
-    return (row.help + default).replace("%", "%%")
-
-
-def _relative(value: Any) -> Any:
-    return value.relative_to(ROOT).as_posix() if isinstance(value, Path) and value.is_relative_to(ROOT) else value
-
-
-class _Formatter(argparse.RawDescriptionHelpFormatter):
-    """Shows `--no-name` only where the switch is on by default: that is the only place one needs it."""
-
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=30, width=min(shutil.get_terminal_size().columns, 120))
-
-    def _format_action_invocation(self, action: argparse.Action) -> str:
-        if not isinstance(action, _Boolean):
-            return super()._format_action_invocation(action)
-        return ", ".join(s for s in action.option_strings if (s in action.negated) == action.on_by_default)
-
-    def _format_usage(self, usage: Any, actions: Any, groups: Any, prefix: Any) -> str:
-        return f"usage: {self._prog} [subcommand] [flags]\n\n"
-
-
-class _Boolean(argparse.Action):
-    """`--name` and `--no-name`; a name that starts with no- (`--no-mmap`) has no second form."""
-
-    def __init__(self, option_strings: Sequence[str], dest: str, on_by_default: bool, **kwargs: Any) -> None:
-        self.on_by_default = on_by_default
-        negated = [f"--no-{s[2:]}" for s in option_strings if not s.startswith("--no-")]
-        self.negated = frozenset(negated)
-        super().__init__([*option_strings, *negated], dest, nargs=0, **kwargs)
-
-    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
-        setattr(namespace, self.dest, option_string not in self.negated)
-
-
-def _argparse_kind(row: Option) -> dict[str, Any]:
-    metavar = {"metavar": row.metavar or row.name.rsplit("_", 1)[-1].upper()}
-    if row.kind == "bool":
-        return {"action": _Boolean, "on_by_default": bool(row.default)}
-    if row.kind == "list":
-        return {"nargs": "+", "action": "extend", **metavar}
-    kind = {"type": _CONVERTERS[row.kind]}
-    return {**kind, "choices": row.choices} if row.choices else {**kind, **metavar}
-
-
 # --- parsing ---------------------------------------------------------------------------------------------------
 
 
@@ -380,7 +239,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None, root: P
     loader_rows = loader_option_rows()
     known = {flag for row in (*rows, *loader_rows) for flag in row.flags()}
     words = normalise(argv)
-    line, warnings = drop_foreign_flags([*normalise(read_cmd_flags(root, words)), *words], known)
+    line, warnings = adopt_foreign_flags([*normalise(read_cmd_flags(root, words)), *words], known)
     command, before, after = split_command(line)
     parser = build_parser([*rows, *loader_rows])
     _list_commands(parser)
@@ -413,8 +272,8 @@ def _parse_line(
     values = vars(given)
     if command == "serve":
         return values, None
-    holder = _Parser(prog="server.py", allow_abbrev=False)
-    subparsers = holder.add_subparsers(dest="command", parser_class=_Parser)
+    holder = Parser(prog="server.py", allow_abbrev=False)
+    subparsers = holder.add_subparsers(dest="command", parser_class=Parser)
     importlib.import_module(COMMANDS[command].module).add_parser(subparsers)
     own: argparse.ArgumentParser = subparsers.choices[command]
     shared = _without_conflicts(own, rows)
@@ -442,7 +301,7 @@ def _unknown_flag(flag: str, parser: argparse.ArgumentParser) -> str:
 
 def _list_commands(parser: argparse.ArgumentParser) -> None:
     lines = "\n".join(f"  {command.name:<10}{command.help}" for command in COMMANDS.values())
-    parser.formatter_class = _Formatter
+    parser.formatter_class = Formatter
     parser.description = f"{parser.description}\n\nsubcommands (server.py NAME --help shows each one's own flags):\n{lines}"
 
 
@@ -497,24 +356,36 @@ def parse_cmd_flags(text: str, name: str = "CMD_FLAGS.txt") -> list[str]:
         raise ConfigError(f"{name}: {error}.", hint="Check its quotes.") from error
 
 
-def drop_foreign_flags(line: Sequence[str], known: set[str]) -> tuple[list[str], list[str]]:
-    """The line without flags of text-generation-webui that mean nothing here, and one line of warning for each."""
+def adopt_foreign_flags(line: Sequence[str], known: set[str]) -> tuple[list[str], list[str]]:
+    """The line with text-generation-webui's flags turned into ours where they mean the same; the others are left out, with
+    one line of warning for each."""
     kept: list[str] = []
     warnings: list[str] = []
     words = list(line)
     while words:
         word = words.pop(0)
-        flag = word.partition("=")[0]
-        why = None if flag in known else FOREIGN_FLAGS.get(flag)
-        if why is None:
+        flag, equals, value = word.partition("=")
+        why = FOREIGN_FLAGS.get(flag)
+        if flag in known or (flag not in TRANSLATED and why is None):
             kept.append(word)
-            continue
-        warnings.append(f"{flag} is ignored: {why.reason}")
-        while why.takes_values and "=" not in word and words and not words[0].startswith("--") and words[0] not in COMMANDS:
-            words.pop(0)
-            if why.takes_values == 1:
-                break
+        elif flag in TRANSLATED:
+            template = TRANSLATED[flag]
+            if "{}" in template and not equals:
+                value = words.pop(0) if words else ""
+            kept += [part.replace("{}", value) for part in template]
+        elif why is not None:
+            warnings.append(f"{flag} is ignored: {why.reason}")
+            if not equals:
+                _drop_values(words, why.takes_values)
     return kept, warnings
+
+
+def _drop_values(words: list[str], most: int) -> None:
+    """Remove the values of a flag that was left out; the next flag or subcommand is none."""
+    for _ in range(1 if most == 1 else len(words) if most else 0):
+        if not words or words[0].startswith("--") or words[0] in COMMANDS:
+            return
+        words.pop(0)
 
 
 def _merge(given: dict[str, Any], environ: Mapping[str, str], rows: list[Option], loader_rows: list[Option]) -> dict[str, Any]:
@@ -584,35 +455,6 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-# --- the sample file -------------------------------------------------------------------------------------------
-
-
-def sample_file(rows: Sequence[Option]) -> str:
-    """A settings file with every option commented out at its default."""
-    lines = ["# Switchyard's settings file. Remove the # of a line to set it. The command line and SWITCHYARD_* win over it.", ""]
-    group = None
-    for row in rows:
-        if row.group != group:
-            group = row.group
-            lines += ["", f"# --- {group} ---"]
-        extra = f" One of: {', '.join(row.choices)}." if row.choices else ""
-        lines += [f"# {row.help}{extra}", f"#{row.name}: {_yaml_value(row.default)}"]
-    return "\n".join(lines)
-
-
-def _yaml_value(value: Any) -> str:
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if value is None:
-        return "null"
-    if isinstance(value, tuple):
-        return "[]" if not value else str(list(value))
-    if isinstance(value, (int, float)):
-        return str(value)
-    text = str(_relative(value))
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
 def print_problem(error: ConfigError) -> int:

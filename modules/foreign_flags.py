@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from modules.sampling import PARAMETERS
+
 
 @dataclass(frozen=True)
 class ForeignFlag:
@@ -16,6 +18,13 @@ class ForeignFlag:
     takes_values: int = 0
 
 
+# Flags that mean the same as others here: {} is the value.
+TRANSLATED: dict[str, tuple[str, ...]] = {
+    "--bf16": ("--dtype", "bfloat16"),
+    "--cache-type": ("--cache-type-k", "{}", "--cache-type-v", "{}"),
+}
+
+
 _ALWAYS_API = "the API is always on, on the same port as the page."
 _NO_SHARE = "Switchyard opens no public tunnel; use a reverse proxy or SSH."
 _AUTOMATIC = "this is chosen from the model's own files."
@@ -23,9 +32,12 @@ _NO_IMAGES = "Switchyard makes no images."
 _OLD_UI = "there is one page with every mode."
 _ONE_KERNEL = "the kernel is chosen from what the model and the machine can do."
 _GONE = "no backend of Switchyard has it."
+_NOT_YET = "no loader of this release has it yet."
+_NO_DRAFT = "there is no speculative decoding yet."
+_PER_REQUEST = "generation parameters belong to each request; the page's presets keep your defaults."
 _USERS = "chats belong to the server; use --api-key to keep others out."
 
-FOREIGN_FLAGS: dict[str, ForeignFlag] = {
+_TABLE: dict[str, ForeignFlag] = {
     "--api": ForeignFlag(_ALWAYS_API),
     "--api-port": ForeignFlag(_ALWAYS_API, 1),
     "--api-enable-ipv6": ForeignFlag("use --listen-host ::."),
@@ -90,4 +102,35 @@ FOREIGN_FLAGS: dict[str, ForeignFlag] = {
     "--nvme-offload-dir": ForeignFlag(_GONE, 1),
     "--local-rank": ForeignFlag(_GONE, 1),
     "--pre-layer": ForeignFlag("use --gpu-layers.", 2),
+    "--model-draft": ForeignFlag(_NO_DRAFT, 1),
+    "--draft-max": ForeignFlag(_NO_DRAFT, 1),
+    "--gpu-layers-draft": ForeignFlag(_NO_DRAFT, 1),
+    "--device-draft": ForeignFlag(_NO_DRAFT, 1),
+    "--ctx-size-draft": ForeignFlag(_NO_DRAFT, 1),
+    "--spec-type": ForeignFlag(_NO_DRAFT, 1),
+    "--spec-ngram-size-n": ForeignFlag(_NO_DRAFT, 1),
+    "--spec-ngram-size-m": ForeignFlag(_NO_DRAFT, 1),
+    "--spec-ngram-min-hits": ForeignFlag(_NO_DRAFT, 1),
+    "--cpu-moe": ForeignFlag(_NOT_YET),
+    "--parallel": ForeignFlag("requests to one model wait in a fair queue.", 1),
+    "--mmproj": ForeignFlag("models take text only.", 1),
+    "--trust-remote-code": ForeignFlag("a model's own Python code is never run."),
+    "--gpu-split": ForeignFlag(_NOT_YET, 1),
+    "--compress-pos-emb": ForeignFlag("use --rope-freq-scale.", 1),
+    "--alpha-value": ForeignFlag("use --rope-freq-base.", 1),
+    "--percent": ForeignFlag(_NOT_YET, 2),
+    "--compress-weight": ForeignFlag(_NOT_YET),
+    "--pin-weight": ForeignFlag(_NOT_YET, 1),
+    "--rwkv-strategy": ForeignFlag(_NOT_YET, 1),
+    "--rwkv-cuda-on": ForeignFlag(_NOT_YET),
+    "--enable-thinking": ForeignFlag(_PER_REQUEST),
+    "--preserve-thinking": ForeignFlag(_PER_REQUEST),
+    "--reasoning-effort": ForeignFlag(_PER_REQUEST, 1),
+    "--chat-template-file": ForeignFlag("put chat_template.jinja into the model's folder.", 1),
 }
+# Each generation parameter was a flag, too.
+FOREIGN_FLAGS: dict[str, ForeignFlag] = {
+    "--" + name.replace("_", "-"): ForeignFlag(_PER_REQUEST, 0 if parameter.kind == "bool" else 1)
+    for parameter in PARAMETERS.values()
+    for name in (parameter.name, *parameter.aliases)
+} | _TABLE

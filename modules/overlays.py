@@ -13,7 +13,6 @@ Standard library only: one_click.py uses this before anything is installed.
 
 from __future__ import annotations
 
-import asyncio
 import importlib.util
 import json
 import os
@@ -250,17 +249,6 @@ class Overlays:
             SWITCHYARD_SET=str(self.set_dir),
         )
         return kept
-
-    def install_sync(self, overlay: str, on_progress: Progress) -> None:
-        """Make or complete an environment. Raises modules.pip_output.SetupError with the one line to show."""
-        from modules.environments import Installer
-
-        Installer(self, on_progress).ensure(overlay)
-        self._cache.clear()
-
-    async def install(self, overlay: str, on_progress: Progress) -> None:
-        """`install_sync` in a thread."""
-        await asyncio.to_thread(self.install_sync, overlay, on_progress)
 
 
 def _any_module(names: str, found: Callable[[str], bool]) -> bool:

@@ -74,7 +74,7 @@ class ModelBar:
 
     def _words(self, name: str, ok: bool, reason: str) -> str:
         title = self._access.title(name)
-        return title if ok else f"{title} ✕ {reason}"
+        return title if ok else f"✕ {title}: {reason}"
 
     def fill(self) -> list[Any]:
         """Both dropdowns, set to what is loaded, and the options that model is loaded with."""

@@ -16,12 +16,12 @@ from modules.config import (
     normalise,
     parse,
     parse_cmd_flags,
-    sample_file,
     server_options,
     split_command,
 )
 from modules.errors import ConfigError
 from modules.foreign_flags import FOREIGN_FLAGS
+from modules.options import sample_file
 from modules.registry import discover
 from tests.conftest import ROOT
 
@@ -141,6 +141,34 @@ def test_every_flag_of_text_generation_webui_warns_and_goes_on(tmp_path: Path, f
     if flag not in known:
         assert len(config.warnings) == 1
         assert "\n" not in config.warnings[0]
+
+
+# What text-generation-webui 4.7 and 1.1 list, by group: what users bring in CMD_FLAGS.txt.
+BROUGHT = """
+user-data-dir=x model=m lora=l model-dir=x lora-dir=x extensions=e verbose idle-timeout=3 multi-user model-menu
+loader=llamacpp ctx-size=2048 n_ctx=2048 max_seq_len=2048 cache-type=q8_0 gpu-layers=3 tensor-split=1,2 split-mode=layer no-mmap
+mlock no-kv-offload batch-size=256 ubatch-size=256 threads=2 threads-batch=2 parallel=1 extra-flags=x ik streaming-llm
+model-draft=x draft-max=4 cpu cpu-memory=2 disk disk-cache-dir=x load-in-8bit bf16 load-in-4bit use_double_quant
+compute_dtype=float16 quant_type=nf4 trust-remote-code force-safetensors attn-implementation=sdpa gpu-split=1,2 enable-tp
+listen-port=1 share auto-launch gradio-auth=u:p subpath=/x api public-api api-port=1 api-key=x admin-key=x nowebui
+temperature=1 top-p=1 repetition_penalty=1 enable-thinking reasoning-effort=low
+notebook chat character=x n_batch=3 n-gpu-layers=2 wbits=4 model_type=llama groupsize=128 pre_layer=3 triton xformers deepspeed
+"""
+
+
+@pytest.mark.parametrize("flag", BROUGHT.split())
+def test_what_users_bring_is_taken_or_warned_of(tmp_path: Path, flag: str) -> None:
+    name, _, value = flag.partition("=")
+    config = parse([f"--{name}", *([value] if value else [])], {}, root=tmp_path)
+    assert len(config.warnings) <= 1
+
+
+def test_flags_that_mean_the_same_are_translated(tmp_path: Path) -> None:
+    config = read(tmp_path, "--bf16", "--cache-type", "q8_0", "--percent", "0", "100", "100", "0", "100", "0", "doctor")
+    assert config.loader_options["dtype"] == "bfloat16"
+    assert config.loader_options["cache_type_k"] == config.loader_options["cache_type_v"] == "q8_0"
+    assert config.command == "doctor"
+    assert len(config.warnings) == 1
 
 
 def test_listening_to_others_needs_a_key(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import struct
 from typing import Any
 
@@ -137,6 +138,32 @@ def test_fields_are_written_where_they_stand() -> None:
     params.set("f", 56, 0.5)
     assert struct.unpack_from("<f", bytes(params.raw), 56)[0] == 0.5
     assert params.get("f", 56) == 0.5
+
+
+class _OldLibrary:
+    """A library whose penalties sampler looks back over more than it was told."""
+
+    def __init__(self, window: int) -> None:
+        self.window, self.seen = window, []
+
+    def llama_sampler_init_penalties(self, *_: Any) -> int:
+        return 1
+
+    def llama_sampler_accept(self, _: int, token: int) -> None:
+        self.seen.append(token)
+
+    def llama_sampler_apply(self, _: int, array: Any) -> None:
+        records = ctypes.cast(array._obj.data, ctypes.POINTER(capi.TokenData))
+        for token in self.seen[-self.window :]:
+            records[token].logit /= 2
+
+    def llama_sampler_free(self, _: int) -> None:
+        pass
+
+
+@pytest.mark.parametrize("window,agrees", [(1, True), (2, False)])
+def test_another_penalties_interface_is_noticed(window: int, agrees: bool) -> None:
+    assert capi.penalties_agree(_OldLibrary(window)) is agrees
 
 
 def test_no_library_names_each_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import { decorate } from './decorate.js';
 import { copyText, h } from './dom.js';
 import { icon } from './icons.js';
 import { fragment } from './markdown.js';
+import { loaderTitle } from './models.js';
 import { receiptLine, receiptWarnings, showReceipt } from './receipt.js';
 import { toast } from './toast.js';
 
@@ -123,7 +124,7 @@ export class MessageView {
       h('p', { dir: 'auto' }, error.message || 'Something failed.'),
       error.hint ? h('p', { class: 'sy-hint', dir: 'auto' }, error.hint) : '',
       cause.length || this.node.loader
-        ? h('p', { class: 'sy-meta' }, [this.node.loader, this.node.model, ...cause].filter(Boolean).join(' · '))
+        ? h('p', { class: 'sy-meta' }, [loaderTitle(this.node.loader), this.node.model, ...cause].filter(Boolean).join(' · '))
         : '',
       lines.trim() ? h('details', {}, h('summary', {}, 'Last lines of the backend'), h('pre', { tabindex: '0' }, lines)) : '',
       h(

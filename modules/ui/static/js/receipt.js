@@ -2,6 +2,7 @@
 
 import { openDialog } from './dialog.js';
 import { bytes, copyText, h, plural, seconds } from './dom.js';
+import { loaderTitle } from './models.js';
 import { toast } from './toast.js';
 
 // A receipt may come out of an imported file: take only what has the right kind.
@@ -63,7 +64,7 @@ export function showReceipt(node) {
     { class: 'sy-receipt' },
     table('Run', [
       ['Model', receipt.model],
-      ['Backend', receipt.loader],
+      ['Backend', loaderTitle(receipt.loader)],
       ['Engine', receipt.engine],
       ['Seed', receipt.seed],
       ['Ended because', FINISH[receipt.finish_reason] || receipt.finish_reason],
