@@ -226,6 +226,7 @@ COMMANDS = {
         Command("serve", "modules.app", "Serve the page and the API (this is the default)."),
         Command("doctor", "modules.doctor", "Check every loader: installed, importable, device, generation."),
         Command("convert", "modules.convert.cli", "Convert and quantise models."),
+        Command("quantize", "modules.quantize.cli", "Make a GPTQ checkpoint of a model."),
         Command("download", "modules.download", "Download a model."),
     )
 }

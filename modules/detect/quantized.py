@@ -89,7 +89,8 @@ def check_gptq(name: str, tensors: Tensors, bits: float | None) -> None:
             raise _broken(name, f"tensor {shown(key)} has no {'scales' if scales is None else 'qzeros'} beside it")
         if len(tensor.shape) != 2 or tensor.dtype not in ("I32", "U32"):
             raise _broken(name, f"tensor {shown(key)} is {tensor.dtype} {list(tensor.shape)}, not a packed int32 matrix")
-        if len(scales.shape) == 2 and scales.shape[1] != tensor.shape[1]:
+        oldest = f"{stem}.qzeros" not in tensors  # float zeros, and both as [out, 1]
+        if not oldest and len(scales.shape) == 2 and scales.shape[1] != tensor.shape[1]:
             raise _broken(
                 name, f"tensor {shown(stem)}.scales has {scales.shape[1]} columns, {shown(stem)}.qweight {tensor.shape[1]}"
             )

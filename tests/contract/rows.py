@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import atexit
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from modules.overlays import Overlays
+from modules.quantize.process import QuantizeJob, default_out, quantize
+from modules.quantize.settings import QuantizeSettings
 from modules.registry import discover
 from tests.conftest import ROOT, shared_data
-
-if TYPE_CHECKING:
-    from modules.overlays import Overlays
 
 STORY = "Once upon a time"
 
@@ -56,6 +61,23 @@ def _bundled(name: str) -> Callable[[], Path | None]:
     return lambda: path if content.is_file() else None
 
 
+@cache
+def _gptq_checkpoint(base: Path, settings: QuantizeSettings) -> Path:
+    """A GPTQ checkpoint of `base`, made once in this test session and removed at its end."""
+    folder = Path(tempfile.mkdtemp(prefix="switchyard-gptq-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    job = QuantizeJob(base, default_out(base, settings, folder), settings, device="cpu", threads=1)
+    return asyncio.run(quantize(job, lambda _: None, Overlays.find(ROOT))).path
+
+
+def _gptq(name: str, **settings: Any) -> Callable[[], Path | None]:
+    def make() -> Path | None:
+        base = _bundled(name)()
+        return None if base is None else _gptq_checkpoint(base, QuantizeSettings(nsamples=8, seqlen=256, **settings))
+
+    return make
+
+
 _STORIES = "the data folder ../shared (stories260K)"
 _WREN = "the bundled model"
 
@@ -94,6 +116,21 @@ ROWS = (
         {"engine": "xllamacpp", "threads": 1},
         _STORIES,
         "xllamacpp",
+    ),
+    Row("gptq-wren", "gptq_for_llama", _gptq("wren-6m", bits=4, group_size=128), {"threads": 1}, _WREN),
+    Row(
+        "gptq-wren-int4",
+        "gptq_for_llama",
+        _gptq("wren-6m", bits=4, group_size=64, desc_act=True),
+        {"kernel": "int4", "threads": 1},
+        _WREN,
+    ),
+    Row(
+        "gptq-wren-3bit",
+        "gptq_for_llama",
+        _gptq("wren-6m", bits=3, group_size=64, sym=False),
+        {"kernel": "int4", "threads": 1},
+        _WREN,
     ),
     Row(
         "xllamacpp_server-stories",

@@ -1,0 +1,302 @@
+"""Reads a GPTQ checkpoint for `loaders.gptq_for_llama`: the model's skeleton from config.json, the plain tensors, and a kernel
+for each packed layer. The packed layers are those that the file holds."""
+
+from __future__ import annotations
+
+import json
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from loaders import _hf_load
+from loaders._gptq_linear import DenseLinear, GptqLinear, Int4Linear, UnpackLinear, int4_works, product_dtype, why_not_int4
+from loaders._gptq_tensors import Unpacked, unpack
+from loaders._hf_text import TextCodec
+from modules.detect.draft import folder_files, read_json
+from modules.detect.sniff import no_model, sniff
+from modules.detect.weights import find_weights, read_safetensors
+from modules.errors import AppError, CorruptModel, IncompatibleModel, UnsafeModel
+from modules.quantize._names import names_on_disk
+from modules.quantize.layout import LayerLayout, read_layouts
+from modules.schema import LoadProgress, ModelInfo, Quantization
+
+if TYPE_CHECKING:
+    from modules.detect.safetensors_header import Tensor as Entry
+    from modules.engine import Progress
+
+_PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+_QUANT_FILES = ("quantize_config.json", "quant_config.json")
+# A dense float32 copy is the fastest and the exact way for a model this small; beyond it, memory is what limits decoding.
+_DENSE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The files of one model. `entries` maps each tensor to (file, header entry); `settings` is what the quantiser noted."""
+
+    folder: Path
+    entries: dict[str, tuple[Path, Entry]]
+    settings: dict[str, Any]
+    config_json: dict[str, Any]
+
+    def reader(self) -> Callable[[str], Tensor]:
+        """A function that reads one tensor; files stay open while it lives."""
+        from safetensors import safe_open
+
+        files: dict[Path, Any] = {}
+
+        def read(name: str) -> Tensor:
+            path = self.entries[name][0]
+            if path not in files:
+                files[path] = safe_open(path, framework="pt")
+            tensor: Tensor = files[path].get_tensor(name)
+            return tensor
+
+        return read
+
+
+def load(path: str, options: dict[str, Any], progress: Progress) -> _hf_load.Loaded:
+    """The model at `path`, a folder or one .safetensors in it. Raises LoadError's subclasses."""
+    progress(LoadProgress("Reading the file's header"))
+    checkpoint = open_checkpoint(Path(path))
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    if options["threads"]:
+        torch.set_num_threads(options["threads"])
+    folder = str(checkpoint.folder)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        model = skeleton(config)
+        device = torch.device("cuda" if torch.cuda.is_available() and not options["cpu"] else "cpu")
+        layouts, used = fill(model, checkpoint, device, options["kernel"], progress)
+        model.generation_config = _generation_config(checkpoint.folder, model)
+    except AppError:
+        raise
+    except Exception as error:
+        traceback.print_exception(error)
+        raise _hf_load.typed(error, checkpoint.config_json, "The checkpoint can't be read") from error
+    eos_ids = _hf_load.end_token_ids(model.generation_config.eos_token_id, tokenizer)
+    info = _describe(path, options, model, tokenizer, config, eos_ids, checkpoint.settings, layouts, used, device)
+    return _hf_load.Loaded(model, TextCodec(tokenizer), info, device, eos_ids)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Find and check the files. Raises UnsafeModel for a pickle, CorruptModel for what is cut or missing."""
+    if path.is_file() and path.suffix.lower() in _PICKLES:
+        raise UnsafeModel(
+            f"{path.name} is a Python pickle, which can run any code when it is opened, so it is refused.",
+            hint="Get the checkpoint as .safetensors.",
+        )
+    folder = path if path.is_dir() else path.parent
+    config_json = _hf_load.check_folder(folder)
+    if path.is_file():
+        kind = sniff(path)
+        if kind != "safetensors":
+            raise no_model(kind, path.name)
+        names = [path.name]
+    else:
+        names = find_weights(folder, folder_files(folder))
+    entries: dict[str, tuple[Path, Entry]] = {}
+    for name in names:
+        entries.update({key: (folder / name, entry) for key, entry in read_safetensors(folder / name).tensors.items()})
+    settings: dict[str, Any] = {}
+    inner = config_json.get("quantization_config")
+    settings.update(inner if isinstance(inner, dict) else {})
+    for name in _QUANT_FILES:
+        if (folder / name).is_file():
+            for key, value in read_json(folder / name).items():
+                settings.setdefault(key, value)
+    return Checkpoint(folder, entries, settings, config_json)
+
+
+def skeleton(config: Any) -> Any:
+    """The model without weights (meta device), computed buffers real; its code sees no quantization."""
+    import transformers
+    from accelerate import init_empty_weights
+
+    if getattr(config, "is_encoder_decoder", False):
+        raise IncompatibleModel("The model has an encoder; this runtime runs decoder models.")
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with init_empty_weights(include_buffers=False):
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return model.eval()
+
+
+def fill(
+    model: Any, checkpoint: Checkpoint, device: torch.device, kernel: str, progress: Progress
+) -> tuple[list[LayerLayout], Counter[str]]:
+    """Put every tensor of the checkpoint into the model; returns the packed layers, and how many each kernel runs."""
+    packed = ".qweight"
+    plain = [key.removesuffix(packed) + ".weight" if key.endswith(packed) else key for key in checkpoint.entries]
+    keys = names_on_disk(model, plain)
+    where = {key.removesuffix(".weight"): name.removesuffix(".weight") for name, key in keys.items() if name.endswith(".weight")}
+    modules = dict(model.named_modules())
+
+    def module_of(stem: str) -> nn.Module | None:
+        return modules.get(where.get(stem, ""))
+
+    def width(stem: str) -> int | None:
+        found = module_of(stem)
+        weight = getattr(found, "weight", None)
+        if weight is None or weight.dim() != 2:
+            raise CorruptModel(
+                f"The file has a packed layer {stem}, the model by its config.json has none.",
+                hint="The weights and config.json do not belong together: fetch both again.",
+            )
+        return int(weight.shape[0] if type(found).__name__ == "Conv1D" else weight.shape[1])
+
+    layouts = read_layouts({name: entry for name, (_, entry) in checkpoint.entries.items()}, checkpoint.settings, width)
+    read = checkpoint.reader()
+    sym = checkpoint.settings.get("sym")
+    choose = Chooser(kernel, device, layouts)
+    used: Counter[str] = Counter()
+    dtype = torch.float32 if device.type == "cpu" else torch.float16
+    for number, layout in enumerate(layouts.values()):
+        progress(LoadProgress("Unpacking layers", number / len(layouts)))
+        old = module_of(layout.name)
+        outputs = old.weight.shape[1 if type(old).__name__ == "Conv1D" else 0]  # type: ignore[union-attr,index]
+        if outputs != layout.out_features:
+            raise CorruptModel(
+                f"Tensor {layout.name}.qweight has {layout.out_features} outputs, the model's layer has {outputs}.",
+                hint="The weights and config.json do not belong together: fetch both again.",
+            )
+        new = choose(unpack(layout, read, sym if isinstance(sym, bool) else None)).to(device)
+        used[new.kernel] += 1
+        model.set_submodule(where[layout.name], new)
+    progress(LoadProgress("Reading the other tensors", 1.0))
+    _fill_plain(model, keys, read, device, dtype)
+    return list(layouts.values()), used
+
+
+def _fill_plain(
+    model: Any, keys: dict[str, str], read: Callable[[str], Tensor], device: torch.device, dtype: torch.dtype
+) -> None:
+    model.tie_weights()
+    output = model.get_output_embeddings()
+    for name, parameter in list(model.named_parameters()):
+        key = keys.get(name)
+        tied = bool(model.config.get_text_config(decoder=True).tie_word_embeddings)
+        if key is None and tied and output is not None and parameter is getattr(output, "weight", None):
+            output.weight = nn.Parameter(model.get_input_embeddings().weight.detach(), requires_grad=False)
+            continue
+        if key is None:
+            raise CorruptModel(f"Tensor {name} is missing.", hint="The download is incomplete: fetch the model again.")
+        tensor = read(key)
+        if tensor.shape != parameter.shape:
+            raise CorruptModel(
+                f"Tensor {key} has the shape {list(tensor.shape)}, config.json wants {list(parameter.shape)}.",
+                hint="The weights and config.json do not belong together: fetch both again.",
+            )
+        owner = model.get_submodule(name.rpartition(".")[0])
+        setattr(owner, name.rpartition(".")[2], nn.Parameter(tensor.to(device, dtype), requires_grad=False))
+    model.tie_weights()
+    for part in model.modules():
+        if not isinstance(part, GptqLinear):
+            for name, buffer in part.named_buffers(recurse=False):
+                setattr(part, name, buffer.to(device))
+
+
+class Chooser:
+    """Which kernel runs a layer, by what device and layer allow. One answer for one file on one machine: no timing."""
+
+    def __init__(self, wanted: str, device: torch.device, layouts: dict[str, LayerLayout]) -> None:
+        self.device = device
+        self.reasons: Counter[str] = Counter()
+        self.wanted = wanted
+        if wanted == "auto" and device.type == "cpu":
+            dense = 4 * sum(layout.in_features * layout.out_features for layout in layouts.values())
+            self.wanted = "dense" if dense <= _DENSE_BYTES else "int4"
+
+    def __call__(self, layer: Unpacked) -> GptqLinear:
+        if self.device.type == "cuda":
+            from loaders import _gptq_triton
+
+            if self.wanted in ("auto", "triton") and _gptq_triton.why_not(layer) is None:
+                return _gptq_triton.TritonLinear(layer)
+            return DenseLinear(layer, torch.float16) if self.wanted == "dense" else UnpackLinear(layer)
+        if self.wanted == "dense":
+            return DenseLinear(layer)
+        if self.wanted == "unpack" or why_not_int4(layer):
+            return UnpackLinear(layer)
+        return Int4Linear(layer)
+
+
+_SAYS = {
+    "int4": "packed int4, bf16 activations",
+    "dense": "dequantised to float32 at load (exact)",
+    "unpack": "dequantised at each call (exact)",
+    "triton": "Triton",
+}
+
+
+def _describe(
+    path: str,
+    options: dict[str, Any],
+    model: Any,
+    tokenizer: Any,
+    config: Any,
+    eos_ids: frozenset[int],
+    settings: dict[str, Any],
+    layouts: list[LayerLayout],
+    used: Counter[str],
+    device: torch.device,
+) -> ModelInfo:
+    text_config = config.get_text_config(decoder=True)
+    trained = int(getattr(text_config, "max_position_embeddings", 0) or 2048)
+    context = options["ctx_size"] or trained
+    notes = []
+    if context > trained:
+        notes.append(f"The context of {context} is beyond the {trained} tokens the model was trained on.")
+    packed = [module for module in model.modules() if isinstance(module, GptqLinear)]
+    kernels = ", ".join(f"{count} layers {_SAYS[name]}" for name, count in used.most_common())
+    capability = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    if used["int4"]:
+        notes.append(f"Long prompts are multiplied in {str(product_dtype()).removeprefix('torch.')}.")
+    elif used["unpack"] and device.type == "cpu" and not int4_works():
+        notes.append("This processor's torch has no int4 kernel, so packed layers are dequantised at each call.")
+    memory = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    return ModelInfo(
+        name=Path(path).name,
+        path=path,
+        loader="gptq_for_llama",
+        format="gptq",
+        architecture=(config.architectures or [type(model).__name__])[0],
+        quantization=Quantization(
+            "gptq",
+            bits=max(layout.bits for layout in layouts),
+            group_size=-1 if layouts[0].groups == 1 else layouts[0].group_size,
+            desc_act=any(module.perm is not None for module in packed) or bool(settings.get("desc_act")),
+            sym=settings.get("sym"),
+        ),
+        dtype="float32" if device.type == "cpu" else "float16",
+        context_length=context,
+        vocab_size=int(text_config.vocab_size),
+        chat_template=_hf_load.chat_template(tokenizer),
+        bos_token=tokenizer.bos_token,
+        eos_token=tokenizer.eos_token,
+        eos_token_ids=tuple(sorted(eos_ids)),
+        device_map={str(device): 1.0},
+        memory_bytes=memory,
+        engine=f"GPTQ runtime, torch {torch.__version__}, {capability}: {kernels}",
+        notes=tuple(notes),
+    )
+
+
+def _generation_config(folder: Path, model: Any) -> Any:
+    from transformers import GenerationConfig
+
+    if not (folder / "generation_config.json").is_file():
+        return model.generation_config
+    try:
+        return GenerationConfig.from_dict(json.loads((folder / "generation_config.json").read_text(encoding="utf-8-sig")))
+    except (ValueError, TypeError) as error:
+        raise CorruptModel(f"generation_config.json can't be used: {error}.", hint="Fetch it again or delete it.") from error

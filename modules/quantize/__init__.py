@@ -1,0 +1,11 @@
+"""Make a GPTQ checkpoint from a Hugging Face folder: GPTQ (Frantar et al. 2022) or round to nearest.
+
+settings.py      what can be asked for, checked              cli.py       server.py quantize
+process.py       quantize(job, on_event): the child process  child.py     what runs there
+
+In the child, with torch:
+_calibration.py  text -> token windows        _tree.py    decoder blocks and linear layers, from the module tree
+_weights.py      tensors of the base, lazily  _grid.py    scales and zero points
+_gptq.py         one layer                    _job.py     block after block, resumable
+_packing.py      packed integers (NumPy)      _checkpoint.py  the files of the result
+"""

@@ -1,0 +1,158 @@
+"""Quantise in a child process of the Transformers environment, and end it whatever happens. The server imports no torch."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from modules.errors import BackendUnavailable, LoadError, LoadOutOfMemory, error_from_wire
+from modules.overlays import Overlays
+from modules.quantize.settings import QuantizeSettings, check_settings
+
+OVERLAY = "transformers"
+PROBE = ("torch", "transformers", "accelerate", "safetensors")
+_LINE_LIMIT = 1 << 20
+_TAIL_LINES = 40
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizeJob:
+    """Make a checkpoint at `out` from the Hugging Face folder `base`. `device`: auto, cpu or cuda."""
+
+    base: Path
+    out: Path
+    settings: QuantizeSettings
+    device: str = "auto"
+    threads: int = 0
+    resume: bool = True
+    overwrite: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """What was made. `mean_loss` is the mean over the layers of each one's relative squared error."""
+
+    path: Path
+    size_bytes: int
+    seconds: float
+    mean_loss: float
+    layers: int
+
+
+def default_out(base: Path, settings: QuantizeSettings, folder: Path | None = None) -> Path:
+    """NAME-GPTQ-4bit-128g, in `folder` or beside the base."""
+    return (folder or base.parent) / f"{base.name}-{settings.tag}"
+
+
+async def quantize(job: QuantizeJob, on_event: OnEvent, overlays: Overlays | None = None) -> Quantized:
+    """Run the job. Events are those of `_job.run`.
+
+    Raises the AppError that the child names. When this task is cancelled the child's whole process group is killed; the
+    blocks that were done stay, and the same job goes on after them.
+    """
+    check_settings(job.settings)
+    overlays = overlays or Overlays.find()
+    missing = [name for name in PROBE if not overlays.has_module(OVERLAY, name)]
+    if missing or not overlays.complete(OVERLAY):
+        raise BackendUnavailable(
+            "Quantising needs the Transformers environment, which is not installed.",
+            hint="Install it with `server.py install transformers` or from the Models tab.",
+        )
+    request = {
+        "base": str(job.base),
+        "out": str(job.out),
+        "settings": job.settings.to_dict(),
+        "device": job.device,
+        "threads": job.threads,
+        "resume": job.resume,
+        "overwrite": job.overwrite,
+    }
+    done = await _run(overlays, json.dumps(request), on_event)
+    return Quantized(Path(done["path"]), done["size_bytes"], done["seconds"], done["mean_loss"], done["layers"])
+
+
+async def _run(overlays: Overlays, request: str, on_event: OnEvent) -> dict[str, Any]:
+    process = await asyncio.create_subprocess_exec(
+        str(overlays.python(OVERLAY)),
+        "-m",
+        "modules.quantize.child",
+        request,
+        cwd=overlays.root,
+        env=overlays.worker_env(OVERLAY),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        limit=_LINE_LIMIT,
+        start_new_session=os.name == "posix",
+        creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+    )
+    tail: deque[str] = deque(maxlen=_TAIL_LINES)
+    reader = asyncio.create_task(_keep_tail(process, tail))
+    try:
+        result = await _read_events(process, on_event)
+        await process.wait()
+        await reader
+    finally:
+        await _end(process)
+        reader.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await reader
+    if result is None:
+        raise _ended(process.returncode, tail)
+    return result
+
+
+async def _read_events(process: asyncio.subprocess.Process, on_event: OnEvent) -> dict[str, Any] | None:
+    assert process.stdout is not None
+    result = None
+    while line := await process.stdout.readline():
+        try:
+            event = json.loads(line)
+        except ValueError as error:
+            raise LoadError("The quantiser's process sent something that is no message.", hint="Try again.") from error
+        if "error" in event:
+            raise error_from_wire(event["error"])
+        if "done" in event:
+            result = dict(event["done"])
+        else:
+            on_event(event)
+    return result
+
+
+async def _keep_tail(process: asyncio.subprocess.Process, tail: deque[str]) -> None:
+    assert process.stderr is not None
+    while chunk := await process.stderr.read(1 << 16):
+        tail.extend(line for line in chunk.decode("utf-8", "replace").splitlines() if line.strip())
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    if process.returncode is not None:
+        return
+    with contextlib.suppress(ProcessLookupError):
+        if sys.platform == "win32":
+            process.kill()
+        else:
+            os.killpg(process.pid, signal.SIGKILL)
+    # A second cancellation must not leave a child that still writes.
+    await asyncio.shield(process.wait())
+
+
+def _ended(code: int | None, tail: deque[str]) -> LoadError:
+    text = "\n".join(tail)
+    detail = {"exit_code": code, "stderr": text[-8192:]}
+    again = "Run the same command again: it goes on from the last finished block."
+    if code == -signal.SIGKILL if sys.platform != "win32" else False:
+        return LoadOutOfMemory("The quantiser was killed, most likely for want of memory.", hint=again, detail=detail)
+    last = tail[-1].strip() if tail else "it said nothing"
+    return LoadError(f"The quantiser's process ended (exit status {code}): {last[:300]}", hint=again, detail=detail)
