@@ -131,6 +131,8 @@ class HfRunner:
             for done, rows in self._prefill(ids, cached, cancel):
                 logits = rows
                 yield PrefillProgress(request.request_id, done, len(ids))
+            if logits is not None and bool(logits.isnan().any()):  # greedy would take the NaN for the largest
+                raise FloatingPointError
             if request.echo:
                 yield self._echo(request, ids)
             while assembler.finish_reason is None:
