@@ -48,11 +48,10 @@ class Compiler:
 
 @dataclass(frozen=True)
 class Attempt:
-    """One way to compile. `flags` go to the C and C++ compiler; `fresh` refuses a wheel that pip built before."""
+    """One way to compile: `flags` go to the C and C++ compiler."""
 
     name: str
     flags: str = ""
-    fresh: bool = False
 
 
 def find_compiler(machine: Machine | None = None, which: Callable[[str], str | None] = shutil.which) -> Compiler | None:
@@ -101,7 +100,7 @@ def cpu_has_amx(path: Path = Path("/proc/cpuinfo")) -> bool:
 def attempts(compiler: Compiler, amx: bool) -> list[Attempt]:
     """In which order to compile. Where the fault is known beforehand, the build that must crash is left out."""
     plain = Attempt("native")
-    careful = [Attempt("keeping AMX stores", KEEP_STORES, fresh=True), Attempt("without AMX", NO_AMX, fresh=True)]
+    careful = [Attempt("keeping AMX stores", KEEP_STORES), Attempt("without AMX", NO_AMX)]
     if amx and compiler.gcc is not None and compiler.gcc < _FIXED_GCC:
         return careful
     return [plain, *careful]
@@ -152,6 +151,7 @@ class _Build:
         self._python = env_python(self._env_dir)
         self._kept = installer_dir(installer.root) / "wheels"
         self._attempt = ""
+        self._compiled = False  # by the running attempt, and not by an earlier set-up
 
     def run(self, gguf: Path) -> str:
         with tempfile.TemporaryDirectory(prefix="llama-build-", dir=self._env_dir) as staging:
@@ -163,25 +163,36 @@ class _Build:
     def _compile(self, staging: Path, gguf: Path) -> str:
         failure = ""
         for number, attempt in enumerate(attempts(self._compiler, cpu_has_amx())):
-            self._attempt = attempt.name
-            wheels = staging / f"wheels-{number}"
-            status, lines = self._build_wheel(attempt, wheels)
-            found = sorted(wheels.glob("*.whl"))
-            if status != 0 or not found:
-                return failure or explain(lines, f"compiling {PACKAGE}")
-            problem = self._passes(found[0], staging / f"site-{number}", gguf)
-            if problem is None:
-                return self._install(self._keep(found[0], attempt))
-            failure = f"the {attempt.name} build failed its test: {problem}"
-            self._say(None, failure)
+            # pip may have a wheel from an earlier set-up: good enough for a try, but its flags and machine are unknown.
+            for fresh in (False, True) if number == 0 else (True,):
+                folder = staging / f"{number}{'-fresh' if fresh else ''}"
+                wheel, problem = self._try(attempt, fresh, folder, gguf)
+                if wheel is None:
+                    return failure or problem
+                if not problem:
+                    return self._install(self._keep(wheel, attempt))
+                failure = f"the {attempt.name} build failed its test: {problem}"
+                self._say(None, failure)
+                if self._compiled:
+                    break
         return failure
+
+    def _try(self, attempt: Attempt, fresh: bool, folder: Path, gguf: Path) -> tuple[Path | None, str]:
+        """(wheel, "") when it passed, (wheel, what happened) when it did not, (None, why) when there is none."""
+        self._attempt, self._compiled = attempt.name, fresh
+        folder.mkdir()
+        status, lines = self._build_wheel(attempt, fresh, folder / "wheels")
+        found = sorted((folder / "wheels").glob("*.whl"))
+        if status != 0 or not found:
+            return None, explain(lines, f"compiling {PACKAGE}")
+        return found[0], self._passes(found[0], folder / "site", gguf) or ""
 
     def _say(self, fraction: float | None, line: str) -> None:
         self._installer.say(TITLE, fraction, line)
 
-    def _build_wheel(self, attempt: Attempt, wheels: Path) -> tuple[int, list[str]]:
+    def _build_wheel(self, attempt: Attempt, fresh: bool, wheels: Path) -> tuple[int, list[str]]:
         self._say(0.0, f"compiling, {attempt.name} (some minutes)")
-        if attempt.fresh:
+        if fresh:
             self._forget_cached_wheels()
         env = pip_env()
         env["CMAKE_ARGS"] = cmake_args(os.environ.get("CMAKE_ARGS", ""), Machine())
@@ -189,7 +200,7 @@ class _Build:
         for name in ("CFLAGS", "CXXFLAGS"):
             env[name] = f"{env.get(name, '')} {attempt.flags}".strip()
         command = [str(self._python), "-m", "pip", "wheel", "-v", "--no-deps", "--progress-bar", "off"]
-        if attempt.fresh and self._cached_wheels():
+        if fresh and self._cached_wheels():
             command.append("--no-cache-dir")
         source = ["--no-binary", PACKAGE] if os.environ.get("SWITCHYARD_BUILD_FROM_SOURCE") else []
         return self._installer.runner.run(
@@ -199,6 +210,7 @@ class _Build:
     def _watch(self, line: str) -> None:
         match = _NINJA.search(line)
         if match and int(match[2]):
+            self._compiled = True
             self._say(0.95 * int(match[1]) / int(match[2]), f"compiling {match[1]} of {match[2]} ({self._attempt})")
 
     def _cached_wheels(self) -> bool:
