@@ -3,6 +3,7 @@
     one_click.py [flags]               set up what is missing, then serve (also: doctor, convert, download -> server.py)
     one_click.py install [NAME ...]    make or complete environments now: parent torch transformers llamacpp tests ...
     one_click.py test [pytest flags]   set up everything for the tests, lint, type-check, run them
+    one_click.py run SCRIPT [flags]    a script of this project, such as benchmarks/startup.py, with the tests' environment
     one_click.py update | rollback     a new set of environments beside the old one; back to the old one
 
 All of it lives in installer_files/: plain virtual environments, logs, state. Nothing is written elsewhere, nothing needs
@@ -18,7 +19,7 @@ from pathlib import Path
 
 MINIMUM = (3, 10)
 ROOT = Path(__file__).resolve().parent
-OWN_COMMANDS = ("install", "test", "update", "rollback", "lock")
+OWN_COMMANDS = ("install", "test", "run", "update", "rollback", "lock")
 FIRST = ("parent", "llamacpp")  # what the first chat needs; the rest follows while the server runs
 
 if sys.version_info < MINIMUM:
@@ -162,6 +163,8 @@ class Launch:
     def own(self, command: str, before: list[str], after: list[str]) -> int:
         if command == "test":
             return self.test(after)
+        if command == "run":
+            return self.run_script(after)
         if command == "install":
             return self.install_named([word for word in after if not word.startswith("-") and word != self._torch])
         if command == "lock":
@@ -180,6 +183,15 @@ class Launch:
         self.install(chosen, console, build_llamacpp="llamacpp" in chosen)
         console.line("Everything asked for is installed.")
         return 0
+
+    def run_script(self, arguments: list[str]) -> int:
+        """A script with the tests' environment; only that is set up, what else it needs must be installed."""
+        if not arguments:
+            raise SetupError(f"Name the script: {start_script()} run benchmarks/startup.py")
+        self.install(["parent", "tests"], Console(1))
+        python = str(env_python(self.overlays.env_dir("tests")))
+        env = {**os.environ, "SWITCHYARD_SET": str(self.overlays.set_dir)}
+        return subprocess.run([python, *arguments], cwd=ROOT, env=env, check=False).returncode
 
     def test(self, arguments: list[str]) -> int:
         """Everything in the foreground, then ruff, mypy and pytest; the last line is pytest's."""
