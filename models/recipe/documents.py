@@ -396,8 +396,8 @@ class Recipe:
     def exchange(self, multi: bool = False) -> Exchange:
         """One exchange of a random kind. In long conversations stories are rarer, as they are long."""
         kinds: list[tuple[Callable[[], Exchange], float]] = [
-            (self.product, 46), (self.small_talk, 15), (self.tale, 3 if multi else 8), (self.opening, 9),
-            (self.common_fact, 9), (self.unknown_fact, 6), (self.poem, 2), (self.repeat, 5),
+            (self.product, 40), (self.small_talk, 14), (self.tale, 5 if multi else 20), (self.opening, 6),
+            (self.common_fact, 8), (self.unknown_fact, 7), (self.poem, 2), (self.repeat, 3),
         ]  # fmt: skip
         draw, weights = zip(*kinds, strict=True)
         return self.rng.choices(draw, weights)[0]()

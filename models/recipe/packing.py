@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ FIRST_WEIGHTS = (6.0, 4.0, 3.0, 2.0, 1.5)
 # A token of the question that comes up in the answer for the first time (the dragon of a story, the name of a user)
 # had to be copied; that is rare among all tokens, so it counts more, too.
 COPY_WEIGHT = 5.0
+NAME_WEIGHT = 2.5  # of words with a capital, above all the names of a story: who did what is easily mixed up
 
 
 @dataclass
@@ -54,12 +56,19 @@ class TokenSet:
             return cls(arrays["ids"], arrays["weights"], arrays["ends"])
 
 
+@cache
+def capitalised(tokenizer: Tokenizer) -> frozenset[int]:
+    """Tokens that begin a word with a capital, after a space."""
+    return frozenset(i for token, i in tokenizer.get_vocab().items() if token[:1] == "Ġ" and token[1:2].isupper())
+
+
 def token_weights(ids: list[int], tokenizer: Tokenizer, chat: bool) -> list[float]:
     """How much each token counts as a target. In a chat, only what a turn says, with its end mark, is predicted."""
     if not chat:
         return [1.0] * len(ids)
     start, end, newline = (tokenizer.token_to_id(token) for token in (START, END, "Ċ"))
     assistant, user = (tokenizer.encode(role).ids[0] for role in ("assistant", "user"))
+    names = capitalised(tokenizer)
     weights, asked, role, begin = [0.0] * len(ids), set[int](), -1, 0  # begin: of the current turn's content; 0: none
     for i, token in enumerate(ids):
         if token == start:
@@ -71,6 +80,8 @@ def token_weights(ids: list[int], tokenizer: Tokenizer, chat: bool) -> list[floa
         elif role == assistant:
             place = i - begin
             weights[i] = FIRST_WEIGHTS[place] if place < len(FIRST_WEIGHTS) else 1.0
+            if token in names:
+                weights[i] = max(weights[i], NAME_WEIGHT)
             if token in asked:
                 weights[i] = max(weights[i], COPY_WEIGHT)
                 asked.remove(token)

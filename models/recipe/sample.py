@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--show", action="store_true", help="print all dialogues, not only the wrong ones")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # the matrices are so small that threads would only wait for each other
     cases = yaml.safe_load((Path(__file__).parent / "checks.yaml").read_text())
     speaker = Speaker(args.folder)
     for name, results in runs(speaker, cases):
