@@ -1,4 +1,4 @@
-"""Tokens into the chat page, with 200 messages of history, over the same stream into a plain page; and long tasks at 1,000 tok/s.
+"""Tokens into the chat page, with 200 messages of history, over the same stream into a plain page; long tasks at 1,000 tok/s.
 
 The text is Markdown: paragraphs, bold, lists, tables and code. A token is what the echo loader makes one (up to eight characters).
 """
@@ -25,7 +25,8 @@ FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-WORDS = "the of and model token stream memory cache layer weight river light paper stone garden window number simple quick brown".split()
+WORDS = """the of and model token stream memory cache layer weight river light
+paper stone garden window number simple quick brown""".split()
 
 # Runs in the page: the plain page. One text node, fed by the run's own event stream.
 PLAIN = """async (run) => {
@@ -42,7 +43,8 @@ PLAIN = """async (run) => {
 # Runs in the chat page: when the answer's first text is drawn, and when the finished answer stands.
 WATCH = """() => {
   window.__first = 0; window.__end = 0; window.__long = [];
-  new PerformanceObserver((list) => window.__long.push(...list.getEntries().map((e) => e.duration))).observe({ type: 'longtask' });
+  const noteLong = (list) => window.__long.push(...list.getEntries().map((e) => e.duration));
+  new PerformanceObserver(noteLong).observe({ type: 'longtask' });
   const count = document.querySelectorAll('[data-testid=message]').length;
   const look = () => {
     const messages = document.querySelectorAll('[data-testid=message]');

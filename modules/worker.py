@@ -71,13 +71,93 @@ class Worker:
         except Exception as error:  # an engine whose `generate` is no generator may fail here
             self._fail(request.request_id, error)
 
+    # --- frames ---------------------------------------------------------------------------------------------
+
+    def send(self, message: protocol.Message) -> None:
+        frame = protocol.encode_frame(message)
+        with self._write_lock:
+            self._sink.write(frame)
+            self._sink.flush()
+
+    def _send_error(self, error: AppError, **ids: str) -> None:
+        self.send({"type": "error", "error": error.to_wire(), **ids})
+
+    def _read(self) -> None:
+        try:
+            while (message := protocol.read_frame(self._source)) is not None:
+                if message["type"] == "shutdown":
+                    self._jobs.put(_shutdown)
+                    return
+                self._dispatch(message)
+        except ProtocolError as error:
+            print(f"worker: {error}", file=sys.stderr, flush=True)
+        _leave_with_group()
+
+    def _dispatch(self, message: protocol.Message) -> None:
+        kind = message["type"]
+        if kind == "ping":
+            self.send({"type": "pong"})
+        elif kind == "hello":
+            self._hello(message)
+        elif kind == "load":
+            self._jobs.put(lambda: self._load(message["path"], message["options"]))
+        elif kind == "generate":
+            request = from_wire(GenerationRequest, message["request"])
+            self._cancels[request.request_id] = cancel = CancelToken()
+            self._jobs.put(lambda: self._start(request, cancel))
+        elif kind == "abort":
+            token = self._cancels.get(message["request_id"])
+            if token is not None:
+                token.cancel()
+        elif kind == "call" and message["method"] in ("encode", "decode"):
+            self._text_calls.submit(self._call, message)
+        elif kind == "call":
+            self._jobs.put(lambda: self._call(message))
+        else:
+            self._send_error(ProtocolError(f"A worker does not take {kind!r}."))
+
+    # --- messages -------------------------------------------------------------------------------------------
+
+    def _hello(self, message: protocol.Message) -> None:
+        if message.get("protocol") != protocol.PROTOCOL_VERSION:
+            self._send_error(
+                ProtocolError(
+                    f"The server speaks worker protocol {message.get('protocol')}, this worker {protocol.PROTOCOL_VERSION}.",
+                    hint="Restart the server so that both are of one version.",
+                )
+            )
+            return
+        self.send(
+            {
+                "type": "ready",
+                "protocol": protocol.PROTOCOL_VERSION,
+                "loader": self._engine.spec.name,
+                "versions": self._engine.versions() | {"python": sys.version.split()[0]},
+                "pid": os.getpid(),
+            }
+        )
+
+    def _load(self, path: str, options: dict[str, Any]) -> None:
+        try:
+            info = self._engine.load(path, options, lambda p: self.send({"type": "progress", **to_wire(p)}))
+        except AppError as error:
+            self._send_error(error)
+        except MemoryError:
+            traceback.print_exc()
+            self._send_error(LoadOutOfMemory("This machine's memory is too small for the model.", hint=_SMALLER))
+        except Exception as error:
+            traceback.print_exc()
+            self._send_error(LoadError(f"{self._engine.spec.title} could not load the model: {_one_line(error)}."))
+        else:
+            self.send({"type": "loaded", "info": to_wire(info)})
+
     def _fail(self, request_id: str, error: Exception) -> None:
         """Report why one generation failed; the engine is good for the next."""
         del self._cancels[request_id]
         if isinstance(error, AppError):
             failure = error
         else:
-            traceback.print_exception(error)
+            traceback.print_exc()
             failure = (
                 GenerateOutOfMemory("The machine's memory ran out in the middle of the answer.", hint=_SMALLER)
                 if isinstance(error, MemoryError)
