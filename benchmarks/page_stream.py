@@ -1,4 +1,4 @@
-"""Tokens into the chat page, with 200 messages of history, over the same stream into a plain page; long tasks at 1,000 tok/s.
+"""Tokens into the chat page, with 200 messages of history, over the same stream in a plain page; long tasks at 1,000 tok/s.
 
 The text is Markdown: paragraphs, bold, lists, tables and code. A token is what the echo loader makes one (up to eight characters).
 """
