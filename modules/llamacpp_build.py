@@ -24,7 +24,7 @@ from pathlib import Path
 
 from modules.environments import Installer, pip_env
 from modules.hardware import Machine
-from modules.overlays import MARKER, env_python, installer_dir, read_json, write_json
+from modules.overlays import MARKER, env_python, installer_dir, nvidia_present, read_json, write_json
 from modules.pip_output import explain
 from modules.sets import set_lock
 
@@ -52,6 +52,7 @@ class Attempt:
 
     name: str
     flags: str = ""
+    cuda: bool = False
 
 
 def find_compiler(machine: Machine | None = None, which: Callable[[str], str | None] = shutil.which) -> Compiler | None:
@@ -97,13 +98,18 @@ def cpu_has_amx(path: Path = Path("/proc/cpuinfo")) -> bool:
     return bool(re.search(r"^flags\s*:.*\bamx_tile\b", text, re.MULTILINE))
 
 
-def attempts(compiler: Compiler, amx: bool) -> list[Attempt]:
+def attempts(compiler: Compiler, amx: bool, cuda: bool = False) -> list[Attempt]:
     """In which order to compile. Where the fault is known beforehand, the build that must crash is left out."""
-    plain = Attempt("native")
     careful = [Attempt("keeping AMX stores", KEEP_STORES), Attempt("without AMX", NO_AMX)]
-    if amx and compiler.gcc is not None and compiler.gcc < _FIXED_GCC:
-        return careful
-    return [plain, *careful]
+    must_crash = amx and compiler.gcc is not None and compiler.gcc < _FIXED_GCC
+    plain = [] if must_crash else [Attempt("native")]
+    first = KEEP_STORES if must_crash else ""
+    return [*([Attempt("with CUDA", first, cuda=True)] if cuda else []), *plain, *careful]
+
+
+def cuda_ready() -> bool:
+    """Whether CUDA code can be compiled for a card that is here. A toolkit alone is not enough: CMake asks the card."""
+    return shutil.which("nvcc") is not None and nvidia_present()
 
 
 def build_state(installer: Installer) -> str:
@@ -162,16 +168,16 @@ class _Build:
 
     def _compile(self, staging: Path, gguf: Path) -> str:
         failure = ""
-        for number, attempt in enumerate(attempts(self._compiler, cpu_has_amx())):
+        for number, attempt in enumerate(attempts(self._compiler, cpu_has_amx(), cuda_ready())):
             # pip may have a wheel from an earlier set-up: good enough for a try, but its flags and machine are unknown.
-            for fresh in (False, True) if number == 0 else (True,):
+            for fresh in (False, True) if number == 0 and not attempt.cuda else (True,):
                 folder = staging / f"{number}{'-fresh' if fresh else ''}"
                 wheel, problem = self._try(attempt, fresh, folder, gguf)
-                if wheel is None:
+                if wheel is None and not attempt.cuda:
                     return failure or problem
-                if not problem:
+                if wheel is not None and not problem:
                     return self._install(self._keep(wheel, attempt))
-                failure = f"the {attempt.name} build failed its test: {problem}"
+                failure = f"the build {attempt.name} failed: {problem}"
                 self._say(None, failure)
                 if self._compiled:
                     break
@@ -184,7 +190,7 @@ class _Build:
         status, lines = self._build_wheel(attempt, fresh, folder / "wheels")
         found = sorted((folder / "wheels").glob("*.whl"))
         if status != 0 or not found:
-            return None, explain(lines, f"compiling {PACKAGE}")
+            return None, compile_error(lines)
         return found[0], self._passes(found[0], folder / "site", gguf) or ""
 
     def _say(self, fraction: float | None, line: str) -> None:
@@ -195,7 +201,7 @@ class _Build:
         if fresh:
             self._forget_cached_wheels()
         env = pip_env()
-        env["CMAKE_ARGS"] = cmake_args(os.environ.get("CMAKE_ARGS", ""), Machine())
+        env["CMAKE_ARGS"] = cmake_args(os.environ.get("CMAKE_ARGS", ""), attempt.cuda)
         env["CMAKE_BUILD_PARALLEL_LEVEL"] = str(build_jobs())
         for name in ("CFLAGS", "CXXFLAGS"):
             env[name] = f"{env.get(name, '')} {attempt.flags}".strip()
@@ -290,12 +296,18 @@ def smoke_model(root: Path) -> Path | None:
     return min(bundled or found, key=lambda path: path.stat().st_size, default=None)
 
 
-def cmake_args(given: str, machine: Machine) -> str:
-    """Build for this very processor, and for CUDA where its compiler is. The user's own CMAKE_ARGS come last and win."""
-    args = ["-DGGML_NATIVE=ON"]
-    if machine.platform != "darwin" and shutil.which("nvcc"):
-        args.append("-DGGML_CUDA=ON")
-    return " ".join([*args, given]).strip()
+def cmake_args(given: str, cuda: bool) -> str:
+    """Build for this very processor. The user's own CMAKE_ARGS come last and win."""
+    return " ".join(["-DGGML_NATIVE=ON", *(["-DGGML_CUDA=ON"] if cuda else []), given]).strip()
+
+
+def compile_error(lines: Sequence[str]) -> str:
+    """Why it did not compile, in one line: the compiler's own words are far above pip's."""
+    for index, line in enumerate(lines):
+        if re.search(r"CMake Error|\bfatal error:|: error:", line):
+            after = next((text.strip() for text in lines[index + 1 :] if text.strip()), "")
+            return f"compiling {PACKAGE}: {line.strip()}" + (f" {after}" if line.rstrip().endswith(":") else "")
+    return explain(lines, f"compiling {PACKAGE}")
 
 
 def build_jobs() -> int:

@@ -46,6 +46,30 @@ def test_the_build_that_must_crash_is_left_out() -> None:
         assert [a.flags for a in attempts(compiler, amx)] == ["", KEEP_STORES, NO_AMX]
 
 
+def test_cuda_goes_first_where_a_card_and_its_compiler_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    order = attempts(Compiler("c++", (13, 3)), amx=True, cuda=True)
+    assert [(a.cuda, a.flags) for a in order] == [(True, ""), (False, ""), (False, KEEP_STORES), (False, NO_AMX)]
+    assert attempts(Compiler("c++", (12, 2)), amx=True, cuda=True)[0] == Attempt("with CUDA", KEEP_STORES, cuda=True)
+    assert "-DGGML_CUDA=ON" in build.cmake_args("", cuda=True)
+    assert build.cmake_args("-DX=1", cuda=False) == "-DGGML_NATIVE=ON -DX=1"
+    monkeypatch.setattr(build.shutil, "which", lambda name: "/usr/bin/nvcc")
+    for present in (True, False):  # a toolkit without a card does not configure
+        monkeypatch.setattr(build, "nvidia_present", lambda present=present: present)
+        assert build.cuda_ready() is present
+
+
+def test_a_compile_error_is_told_in_the_compilers_words() -> None:
+    cmake = [
+        "-- Configuring done",
+        "CMake Error in ggml/CMakeLists.txt:",
+        '  CUDA_ARCHITECTURES is "native"',
+        "ERROR: Failed building",
+    ]
+    assert build.compile_error(cmake).endswith('CMake Error in ggml/CMakeLists.txt: CUDA_ARCHITECTURES is "native"')
+    assert "unknown type" in build.compile_error(["a.cpp:3:1: error: unknown type name 'x'", "ERROR: Failed building"])
+    assert "disk is full" in build.compile_error(["cc1plus: No space left on device"])
+
+
 def test_amx_is_read_from_cpuinfo(tmp_path: Path) -> None:
     path = tmp_path / "cpuinfo"
     path.write_text("processor: 0\nflags\t\t: fpu avx512f amx_bf16 avx512_fp16 amx_tile amx_int8\n", encoding="utf-8")
@@ -74,6 +98,7 @@ class FakeRunner:
         self.verdicts = verdicts
         self.compiles = compiles
         self.cached = cached
+        self.cuda_fails = False
         self.built: list[dict[str, str]] = []
         self.commands: list[list[str]] = []
 
@@ -84,7 +109,7 @@ class FakeRunner:
         self.commands.append(words)
         if "wheel" in words:
             self.built.append(env)
-            if not self.compiles:
+            if not self.compiles or (self.cuda_fails and "CUDA" in env["CMAKE_ARGS"]):
                 return 1, ["ERROR: Failed building wheel for llama-cpp-python"]
             if not self.cached:
                 on_line("  [3/6] Building CXX object ggml.cpp.o")
@@ -132,6 +157,7 @@ class Bench:
 def compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(build, "find_compiler", lambda: Compiler("/usr/bin/c++", (12, 2)))
     monkeypatch.setattr(build, "cpu_has_amx", lambda: False)
+    monkeypatch.setattr(build, "cuda_ready", lambda: False)
 
 
 @pytest.mark.usefixtures("compiler")
@@ -197,6 +223,16 @@ def test_a_build_that_fails_is_explained(tmp_path: Path, monkeypatch: pytest.Mon
     bench = Bench(tmp_path, monkeypatch, [], compiles=False)
     assert "Failed building wheel" in build.ensure(bench.installer)
     assert bench.runner.installed == []
+
+
+@pytest.mark.usefixtures("compiler")
+def test_cuda_that_does_not_compile_leaves_the_processors_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "cuda_ready", lambda: True)
+    bench = Bench(tmp_path, monkeypatch, [0])
+    bench.runner.cuda_fails = True
+    assert build.ensure(bench.installer) == "ok"
+    assert ["CUDA" in env["CMAKE_ARGS"] for env in bench.runner.built] == [True, False]
+    assert bench.runner.installed == ["2"]
 
 
 @pytest.mark.usefixtures("compiler")
