@@ -1,6 +1,6 @@
-"""Tokens into the chat page, with 200 messages of history, over the same stream in a plain page; long tasks at 1,000 tok/s.
+"""Tokens into the chat page, 200 messages of history, over the same stream in a plain page; long tasks at 1,000 tok/s.
 
-The text is Markdown: paragraphs, bold, lists, tables and code. A token is what the echo loader makes one (up to eight characters).
+The text is Markdown: paragraphs, bold, lists, tables and code. A token is what the echo loader makes one: up to eight characters.
 """
 
 from __future__ import annotations
