@@ -13,6 +13,7 @@ root. Standard library only: this runs on the system's Python before anything is
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -39,6 +40,7 @@ from modules.sets import open_set  # noqa: E402
 
 
 def main(argv: list[str]) -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: what was begun is cleared away
     try:
         words = normalise(argv)
         flags = [*normalise(read_cmd_flags(ROOT, words)), *words]

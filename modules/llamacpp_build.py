@@ -160,6 +160,8 @@ class _Build:
         self._compiled = False  # by the running attempt, and not by an earlier set-up
 
     def run(self, gguf: Path) -> str:
+        for leftover in [*self._env_dir.glob("llama-build-*"), *self._env_dir.glob("llama-smoke-*")]:
+            shutil.rmtree(leftover)  # of a build that was killed
         with tempfile.TemporaryDirectory(prefix="llama-build-", dir=self._env_dir) as staging:
             kept = self._kept_wheel()
             if kept is not None and self._passes(kept, Path(staging) / "kept", gguf) is None:

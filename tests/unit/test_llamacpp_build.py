@@ -181,7 +181,9 @@ def test_a_good_build_is_installed_and_kept(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.usefixtures("compiler")
 def test_a_build_that_dies_is_made_again_without_the_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench(tmp_path, monkeypatch, [-11, 0])
+    (tmp_path / "set" / "llamacpp" / "llama-build-killed").mkdir()
     assert build.ensure(bench.installer) == "ok"
+    assert not list((tmp_path / "set" / "llamacpp").glob("llama-*"))
     assert [env["CXXFLAGS"] for env in bench.runner.built] == ["", KEEP_STORES]
     assert bench.runner.installed == ["2"]
     assert any("SIGSEGV" in line for line in bench.lines)
