@@ -26,8 +26,10 @@ SIZES = {"1280": {"width": 1280, "height": 800}, "390": {"width": 390, "height":
 
 def ask(page: Page, text: str) -> None:
     page.get_by_test_id("composer").fill(text)
+    before = page.get_by_test_id("message").count()
     page.get_by_test_id("send").click()
-    page.wait_for_selector(".sy-message:last-child[data-role=assistant][data-status=complete]", timeout=600_000)
+    selector = f".sy-message:nth-child({before + 2})[data-status=complete]"
+    page.wait_for_selector(selector, timeout=600_000)
 
 
 def take(browser: Browser, server: Server, chat: str, size: str, scheme: str, out: Path) -> None:

@@ -144,6 +144,8 @@ export class MessageView {
     this.bar.replaceChildren();
     if (this.streaming || node.status === 'generating') return;
     const at = node.siblings ? node.siblings.indexOf(node.id) : 0;
+    // What always shows comes first; the actions of older messages are hidden until the pointer is near.
+    if (node.receipt) this.bar.append(this.#receiptChip(node));
     if (node.siblings?.length > 1) this.bar.append(this.#versions(at));
     this.bar.append(action('copy', 'Copy message', () => this.#copy(), 'copy'));
     if (node.role === 'assistant') {
@@ -156,7 +158,6 @@ export class MessageView {
       this.bar.append(ask);
     }
     this.bar.append(action('edit', 'Edit', () => this.edit(), 'edit'), action('trash', 'Delete', () => commands.remove(this.node), 'delete'));
-    if (node.receipt) this.bar.append(this.#receiptChip(node));
   }
 
   #versions(at) {
