@@ -40,7 +40,7 @@ PLAIN = """async (run) => {
   });
 }"""
 
-# Runs in the chat page: when the answer's first text is drawn, and when the finished answer stands.
+# Runs in the chat page: when the answer's place appears, and when the finished answer stands.
 WATCH = """() => {
   window.__first = 0; window.__end = 0; window.__long = [];
   const noteLong = (list) => window.__long.push(...list.getEntries().map((e) => e.duration));
@@ -50,7 +50,7 @@ WATCH = """() => {
     const messages = document.querySelectorAll('[data-testid=message]');
     const last = messages[messages.length - 1];
     const streaming = messages.length > count && last?.dataset.role === 'assistant';
-    if (streaming && !window.__first && last.textContent.includes('STARTMARK')) window.__first = performance.now();
+    if (streaming && !window.__first) window.__first = performance.now();
     if (window.__first && last.querySelector('[data-testid=receipt-chip]')) window.__end = performance.now();
     else requestAnimationFrame(look);
   };
@@ -132,6 +132,7 @@ def main() -> None:
     with report("page_stream") as figures, Server("--no-model", wait_ready=False) as server, sync_playwright() as playwright:
         server.wait("/config")
         server.load("echo", context_length=1_000_000)
+        server.http.put("/ui-api/settings", json={"max_tokens": None}).raise_for_status()
         browser = playwright.chromium.launch(executable_path=arguments.chromium, args=FLAGS)
         page = browser.new_page(viewport={"width": 1280, "height": 800})
         plain, full, at_rate = [], [], []
