@@ -33,7 +33,7 @@ def fake_python(folder: Path, name: str, version: tuple[int, int]) -> None:
     script = "\n".join(
         (
             "#!/bin/sh",
-            f"""if [ "$1" = -c ]; then exec {sys.executable} -c "{check}" "$2"; fi""",
+            f"""if [ "$1" = -c ]; then exec '{sys.executable}' -c "{check}" "$2"; fi""",
             f"""echo "{name}"; for word in "$@"; do echo "<$word>"; done""",
             """echo "$PWD"; echo "path=${PYTHONPATH-unset}"\n""",
         )
