@@ -51,24 +51,27 @@ def test_a_phone_has_room_for_everything(visit: Visit) -> None:
     expect(page.locator("#sy-load")).to_be_in_viewport()
 
 
+BACKGROUND = "getComputedStyle(document.querySelector('.sy-chat')).backgroundColor"
+
+
 def test_dark_follows_the_system_and_can_be_chosen(visit: Visit) -> None:
     page = visit.open()
+    light = str(page.evaluate(BACKGROUND))
 
-    def background() -> str:
-        return str(page.evaluate("getComputedStyle(document.querySelector('.sy-chat')).backgroundColor"))
+    def becomes(wanted: str) -> None:
+        page.wait_for_function(f"(wanted) => {BACKGROUND} === wanted", arg=wanted)
 
-    light = background()
     page.emulate_media(color_scheme="dark")
-    dark = background()
-    assert dark != light
+    page.wait_for_function(f"(light) => {BACKGROUND} !== light", arg=light)
+    dark = str(page.evaluate(BACKGROUND))
     page.get_by_test_id("theme").click()
-    assert background() == light
+    becomes(light)
     page.reload()
     ready(page)
-    assert background() == light
+    becomes(light)
     page.get_by_test_id("theme").click()
     page.emulate_media(color_scheme="light")
-    assert background() == dark
+    becomes(dark)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
