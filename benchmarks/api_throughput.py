@@ -21,9 +21,10 @@ PROMPT = "Tell me a long story about a river, a stone and a small brown dog. " *
 class RawLoop:
     """benchmarks/raw_loop.py in the backend's environment."""
 
-    def __init__(self, engine: str, overlay: str, model: str, threads: int) -> None:
+    def __init__(self, engine: str, overlay: str, model: str, threads: int, dtype: str) -> None:
         overlays = Overlays.find(ROOT)
-        command = [str(overlays.python(overlay)), "benchmarks/raw_loop.py", engine, model, "--threads", str(threads)]
+        command = [str(overlays.python(overlay)), "benchmarks/raw_loop.py", engine, model]
+        command += ["--threads", str(threads), "--dtype", dtype]
         self.process = subprocess.Popen(
             command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=overlays.worker_env(overlay)
         )
@@ -89,14 +90,17 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dtype", default="float32", help="of the transformers model")
     arguments = parser.parse_args()
     model = arguments.model.resolve()
     options: dict[str, Any] = {"threads": arguments.threads}
     engine, overlay = ("llama_cpp", "llamacpp") if arguments.loader == "llamacpp" else ("transformers", "transformers")
     if arguments.loader == "llamacpp":
         options |= {"engine": "llama_cpp", "threads_batch": arguments.threads, "n_ctx": 2048}
+    else:
+        options["dtype"] = arguments.dtype
     with report(f"api_throughput-{arguments.name}") as figures:
-        raw = RawLoop(engine, overlay, str(model), arguments.threads)
+        raw = RawLoop(engine, overlay, str(model), arguments.threads, arguments.dtype)
         with Server("--no-model", "--nowebui", "--model-dir", str(model.parent), wait_ready=False) as server:
             server.wait("/v1/models")
             server.load(model.name, arguments.loader, **options)

@@ -17,7 +17,7 @@ from typing import Any
 Run = Callable[[str, int], list[float]]
 
 
-def llama_cpp(model: str, threads: int, context: int) -> Run:
+def llama_cpp(model: str, threads: int, context: int, dtype: str) -> Run:
     from llama_cpp import Llama
 
     llm = Llama(model, n_ctx=context, n_threads=threads, n_threads_batch=threads, verbose=False)
@@ -36,14 +36,14 @@ def llama_cpp(model: str, threads: int, context: int) -> Run:
     return run
 
 
-def transformers(model: str, threads: int, context: int) -> Run:
+def transformers(model: str, threads: int, context: int, dtype: str) -> Run:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.generation.streamers import BaseStreamer
 
     torch.set_num_threads(threads)
     tokenizer = AutoTokenizer.from_pretrained(model)
-    lm = AutoModelForCausalLM.from_pretrained(model, dtype=os.environ.get("RAW_DTYPE", "auto"))
+    lm = AutoModelForCausalLM.from_pretrained(model, dtype=dtype)
 
     class Stamps(BaseStreamer):
         def __init__(self) -> None:
@@ -73,11 +73,12 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--dtype", default="float32")
     arguments = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     make = {"llama_cpp": llama_cpp, "transformers": transformers}[arguments.engine]
-    run = make(arguments.model, arguments.threads, arguments.context)
+    run = make(arguments.model, arguments.threads, arguments.context, arguments.dtype)
     print("{}", file=answers, flush=True)
     for line in sys.stdin:
         order = json.loads(line)

@@ -130,6 +130,7 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "llama_model_n_ctx_train": (_I, Pointer),
     "llama_model_n_layer": (_I, Pointer),
     "llama_model_n_embd": (_I, Pointer),
+    "llama_model_n_head": (_I, Pointer),
     "llama_model_size": (ctypes.c_uint64, Pointer),
     "llama_model_meta_val_str": (_I, Pointer, _S, Pointer, ctypes.c_size_t),
     "llama_model_chat_template": (_S, Pointer, _S),
