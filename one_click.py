@@ -31,6 +31,7 @@ if sys.version_info < MINIMUM:
 from modules import llamacpp_build, update  # noqa: E402
 from modules.config import COMMANDS, normalise, read_cmd_flags, split_command  # noqa: E402
 from modules.console import Console  # noqa: E402
+from modules.convert.library import ConverterError, install_converter  # noqa: E402
 from modules.environments import Installer, pip_env  # noqa: E402
 from modules.errors import ConfigError  # noqa: E402
 from modules.hardware import detect  # noqa: E402
@@ -126,6 +127,16 @@ class Launch:
             console.phase(llamacpp_build.TITLE)
             state = llamacpp_build.ensure(installer)
             console.finish("done" if state == "ok" else f"left out: {state}")
+        if "transformers" in missing:
+            self._fetch_converter(console)
+
+    def _fetch_converter(self, console: Console) -> None:
+        """llama.cpp's converter beside Transformers, so that `convert` works offline, too; else it is fetched at first use."""
+        env_dir = self.overlays.env_dir("transformers")
+        try:
+            install_converter(env_dir, env_python(env_dir))
+        except ConverterError as error:
+            console.line(str(error))
 
     def _introduce(self, console: Console) -> None:
         python = ".".join(map(str, sys.version_info[:3]))

@@ -16,8 +16,9 @@ import threading
 from pathlib import Path
 
 from modules import llamacpp_build
+from modules.convert.library import ConverterError, install_converter
 from modules.environments import Installer
-from modules.overlays import Overlays
+from modules.overlays import Overlays, env_python
 from modules.pip_output import SetupError
 
 BUILD_TARGET = "llama-cpp-python"
@@ -40,12 +41,23 @@ def main(argv: list[str]) -> int:
             state = "ok"
             if arguments.target == "llamacpp":
                 llamacpp_build.ensure(installer)  # a build that can't be is no failure: xllamacpp is there
+            elif arguments.target == "transformers":
+                _fetch_converter(overlays)
     except SetupError as error:
         state = str(error)
     except OSError as error:
         state = f"{error.strerror or error}: {error.filename or arguments.target}"
     _send({"state": "done" if state == "ok" else "failed", "line": state})
     return 0 if state == "ok" else 1
+
+
+def _fetch_converter(overlays: Overlays) -> None:
+    """llama.cpp's converter, so that `convert` works offline, too. Without it the backend works: `convert` tries again."""
+    env_dir = overlays.env_dir("transformers")
+    try:
+        install_converter(env_dir, env_python(env_dir), on_line=lambda line: _report("GGUF converter", None, line))
+    except ConverterError as error:
+        _report("GGUF converter", None, str(error))
 
 
 def _report(stage: str, fraction: float | None, line: str) -> None:
