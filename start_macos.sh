@@ -1,6 +1,6 @@
 #!/bin/sh
 # First run: sets everything up under installer_files/, then starts Switchyard. Later runs: starts it.
-# ./start_macos.sh [subcommand] [flags]   subcommands: serve doctor convert download install update rollback test
+# ./start_macos.sh [subcommand] [flags]   subcommands: serve doctor convert download quantize install update rollback run test
 set -eu
 unset CDPATH PYTHONPATH PYTHONHOME
 cd -- "$(dirname -- "$0")"

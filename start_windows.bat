@@ -1,6 +1,6 @@
 @echo off
 rem First run: sets everything up under installer_files\, then starts Switchyard. Later runs: starts it.
-rem start_windows.bat [subcommand] [flags]   subcommands: serve doctor convert download install update rollback test
+rem start_windows.bat [subcommand] [flags]   subcommands: serve doctor convert download quantize install update rollback run test
 setlocal
 cd /d "%~dp0"
 set PYTHONPATH=

@@ -10,14 +10,13 @@ import asyncio
 import contextlib
 import json
 import os
-import signal
 import subprocess
-import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from modules.child_process import end_group, keep_tail
 from modules.errors import AppError, LoadError, LoadOutOfMemory, error_from_wire
 from modules.schema import LoadProgress
 
@@ -49,13 +48,13 @@ async def run_child(
         creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
     )
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
-    reader = asyncio.create_task(_keep_tail(process, tail))
+    reader = asyncio.create_task(keep_tail(process, tail))
     try:
         result, notes = await _read_messages(process, on_progress)
         await process.wait()
         await reader
     finally:
-        await _end(process)
+        await end_group(process)
         reader.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await reader
@@ -84,24 +83,6 @@ async def _read_messages(process: asyncio.subprocess.Process, on_progress: OnPro
         if "done" in message:
             result = dict(message["done"])
     return result, notes
-
-
-async def _keep_tail(process: asyncio.subprocess.Process, tail: deque[str]) -> None:
-    assert process.stderr is not None
-    while chunk := await process.stderr.read(1 << 16):
-        tail.extend(line for line in chunk.decode("utf-8", "replace").splitlines() if line.strip())
-
-
-async def _end(process: asyncio.subprocess.Process) -> None:
-    if process.returncode is not None:
-        return
-    with contextlib.suppress(ProcessLookupError):
-        if sys.platform == "win32":
-            process.kill()
-        else:
-            os.killpg(process.pid, signal.SIGKILL)
-    # A second cancellation must not leave a child that still writes to the file we are about to delete.
-    await asyncio.shield(process.wait())
 
 
 def _ended(code: int | None, tail: deque[str]) -> AppError:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from modules.child_process import end_group, keep_tail
 from modules.errors import BackendUnavailable, LoadError, LoadOutOfMemory, error_from_wire
 from modules.overlays import Overlays
 from modules.quantize.settings import QuantizeSettings, check_settings
@@ -98,13 +99,13 @@ async def _run(overlays: Overlays, request: str, on_event: OnEvent) -> dict[str,
         creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
     )
     tail: deque[str] = deque(maxlen=_TAIL_LINES)
-    reader = asyncio.create_task(_keep_tail(process, tail))
+    reader = asyncio.create_task(keep_tail(process, tail))
     try:
         result = await _read_events(process, on_event)
         await process.wait()
         await reader
     finally:
-        await _end(process)
+        await end_group(process)
         reader.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await reader
@@ -128,24 +129,6 @@ async def _read_events(process: asyncio.subprocess.Process, on_event: OnEvent) -
         else:
             on_event(event)
     return result
-
-
-async def _keep_tail(process: asyncio.subprocess.Process, tail: deque[str]) -> None:
-    assert process.stderr is not None
-    while chunk := await process.stderr.read(1 << 16):
-        tail.extend(line for line in chunk.decode("utf-8", "replace").splitlines() if line.strip())
-
-
-async def _end(process: asyncio.subprocess.Process) -> None:
-    if process.returncode is not None:
-        return
-    with contextlib.suppress(ProcessLookupError):
-        if sys.platform == "win32":
-            process.kill()
-        else:
-            os.killpg(process.pid, signal.SIGKILL)
-    # A second cancellation must not leave a child that still writes.
-    await asyncio.shield(process.wait())
 
 
 def _ended(code: int | None, tail: deque[str]) -> LoadError:
