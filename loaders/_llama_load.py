@@ -125,8 +125,8 @@ class LlamaModel:
         """auto is llama.cpp's choice, but for heads narrower than its CPU kernel's vectors: there it decodes 2.4 times slower."""
         heads = int(self.lib.llama_model_n_head(self._model))
         narrow = heads > 0 and self.lib.llama_model_n_embd(self._model) // heads < NARROW_HEAD
-        plain_values = options["cache_type_v"] in ("f16", "f32", "bf16")
-        if options["flash_attn"] == "auto" and narrow and plain_values and not self.lib.llama_supports_gpu_offload():
+        plain = {options["cache_type_k"], options["cache_type_v"]} <= {"f16", "f32", "bf16"}
+        if options["flash_attn"] == "auto" and narrow and plain and not self.lib.llama_supports_gpu_offload():
             return "off"
         return str(options["flash_attn"])
 

@@ -29,6 +29,7 @@ _CPU_S = 1800
 
 def main() -> int:
     report = Report()
+    sys.dont_write_bytecode = True  # a module that torch imports late would make __pycache__ behind the fence
     out, *sources = (Path(argument) for argument in sys.argv[1:])
     try:
         report.stage("Starting")
