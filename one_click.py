@@ -222,8 +222,15 @@ class Launch:
             status = status or failed
         console.phase("pytest")
         console.finish("started")
-        paths = [] if any(Path(ROOT, word.partition("::")[0]).exists() for word in arguments) else ["tests"]
-        return subprocess.run([python, "-m", "pytest", *paths, *arguments], cwd=ROOT, env=env, check=False).returncode or status
+        return subprocess.run([python, "-m", "pytest", *pytest_flags(arguments)], cwd=ROOT, env=env, check=False).returncode or status
+
+
+def pytest_flags(arguments: list[str]) -> list[str]:
+    """Everything runs in parallel, one more process than cores since much of it waits; what was named runs plainly."""
+    if any(Path(ROOT, word.partition("::")[0]).exists() for word in arguments):
+        return arguments
+    processes = min(4, (os.cpu_count() or 1) + 1)
+    return ["tests", "-n", str(processes), "--dist", "loadgroup", *arguments]
 
 
 def has_display() -> bool:

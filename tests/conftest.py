@@ -18,6 +18,15 @@ def shared_data() -> Path | None:
     return folder if folder.is_dir() else None
 
 
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under pytest-xdist: what shares a worker process or a server stays together, one group for each of them."""
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        row = callspec.params.get("row") if callspec else None
+        item.add_marker(pytest.mark.xdist_group(row.id if hasattr(row, "id") else str(item.path.relative_to(ROOT))))
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     return ROOT
