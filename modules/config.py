@@ -48,7 +48,7 @@ class Config:
     """Everything the server is told at start. Build it with `parse` or, in tests, directly."""
 
     # Where to listen
-    listen: bool = _option(False, "Listen on every network interface. Needs --api-key.", "Server")
+    listen: bool = _option(False, "Listen on every network interface. Needs a key: `keys create`, or --api-key.", "Server")
     listen_host: str | None = _option(None, "Address to listen on, instead of 127.0.0.1.", "Server", metavar="ADDRESS")
     listen_port: int = _option(7860, "Port of the page and the API.", "Server", aliases=("port",))
     allowed_hosts: tuple[str, ...] = _option(
@@ -60,7 +60,9 @@ class Config:
     ssl_certfile: Path | None = _option(None, "TLS certificate.", "Server", metavar="FILE")
     auto_launch: bool = _option(False, "Open the page in a browser when it is ready.", "Server")
     nowebui: bool = _option(False, "The API only, without the page.", "Server")
-    api_key: str | None = _option(None, "Key that clients must send (Authorization: Bearer KEY).", "Server", metavar="KEY")
+    api_key: str | None = _option(
+        None, "Key that clients must send (Authorization: Bearer KEY), beside those of `keys`.", "Server", metavar="KEY"
+    )
     admin_key: str | None = _option(None, "Key for loading and unloading models; default: the API key.", "Server", metavar="KEY")
     i_know: bool = _option(False, "Listen beyond this machine without a key. Anyone in reach can use and stop it.", "Server")
     max_body_mb: int = _option(10, "Largest request body, in MB.", "Server")
@@ -224,6 +226,7 @@ COMMANDS = {
     command.name: command
     for command in (
         Command("serve", "modules.app", "Serve the page and the API (this is the default)."),
+        Command("keys", "modules.keys", "Make, list and revoke API keys."),
         Command("doctor", "modules.doctor", "Check every loader: installed, importable, device, generation."),
         Command("convert", "modules.convert.cli", "Convert and quantise models."),
         Command("quantize", "modules.quantize.cli", "Make a GPTQ checkpoint of a model."),
@@ -439,13 +442,19 @@ def _check(config: Config) -> None:
         path = getattr(config, name)
         if path is not None and not path.is_file():
             raise ConfigError(f"--{name.replace('_', '-')}: there is no file {path}.")
-    if config.command == "serve" and not config.is_loopback and not config.api_key and not config.i_know:
+    if config.command == "serve" and not config.is_loopback and not config.i_know and not _has_key(config):
         raise ConfigError(
             f"Listening on {config.host} without an API key would let anyone in reach use this server.",
-            hint="Add --api-key KEY, or --i-know to do it all the same.",
+            hint="Make one with `server.py keys create NAME`, or add --api-key KEY; --i-know does it all the same.",
         )
     if config.subpath and not config.subpath.startswith("/"):
         raise ConfigError(f"--subpath must begin with a slash: /{config.subpath}")
+
+
+def _has_key(config: Config) -> bool:
+    from modules.keys import KeyStore
+
+    return bool(config.api_key or config.admin_key or KeyStore(config.user_data_dir).keys())
 
 
 def _is_loopback(host: str) -> bool:

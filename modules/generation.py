@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from modules import caller
 from modules.errors import AppError, EngineError
 from modules.schema import Done, GenerationRequest, PrefillProgress, Timings, TokenEvent, TokenLogprob, Usage, to_wire
 
@@ -80,6 +81,7 @@ class Run:
         self.receipt: dict[str, Any] | None = None
         self.error: AppError | None = None
         self.created_at = time.time()
+        self.caller = caller.current()
         self.warnings = warnings
         self.length = 0
         self._prepare = prepare
@@ -320,6 +322,7 @@ class Runs:
         self._keep_s = keep_s
         self._runs: dict[str, Run] = {}
         self._timers: set[asyncio.TimerHandle] = set()
+        self.on_end: Callable[[Run], None] | None = None
 
     def start(
         self,
@@ -335,6 +338,8 @@ class Runs:
         self._runs[run.id] = run
         run._task = asyncio.get_running_loop().create_task(run._execute(self._manager))
         run.add_done_callback(self._forget_later if keep else self._forget)
+        if self.on_end is not None:
+            run.add_done_callback(self.on_end)
         return run
 
     def get(self, run_id: str) -> Run | None:

@@ -1,4 +1,4 @@
-"""Every failure as the OpenAI error body, on every path. Nothing of the input, no path and no traceback goes out."""
+"""Every failure as its protocol's error body, on every path. Nothing of the input, no path and no traceback goes out."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.responses import JSONResponse, Response
 
-from modules.errors import AppError, Conflict, InvalidParameter, MethodNotAllowed, NotFound, RequestError
+from modules.api.dialects import error_body
+from modules.errors import AppError, InvalidParameter, MethodNotAllowed, NotFound, RequestError
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -18,23 +19,35 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def body_of(error: AppError) -> dict[str, Any]:
-    """The body; a conflict also carries what is current, for the page to merge."""
-    body = error.openai_body()
-    if isinstance(error, Conflict) and error.detail:
-        body["error"]["detail"] = error.detail
-    return body
+def body_of(error: AppError, path: str = "") -> dict[str, Any]:
+    """The body for an address; OpenAI's without one."""
+    return error_body(error, path)
 
 
-def response_of(error: AppError) -> JSONResponse:
-    headers = {"Retry-After": "2"} if error.http_status in (429, 503) else None
-    return JSONResponse(body_of(error), status_code=error.http_status, headers=headers)
+def response_of(error: AppError, path: str = "", headers: dict[str, str] | None = None) -> JSONResponse:
+    retry = {"Retry-After": "2"} if error.http_status in (429, 503) else {}
+    return JSONResponse(error_body(error, path), status_code=error.http_status, headers={**retry, **(headers or {})})
+
+
+def path_of(request: Request) -> str:
+    """The request's address as routes know it: without the prefix of a reverse proxy."""
+    return str(request.scope["path"]).removeprefix(request.scope.get("root_path", ""))
 
 
 async def _app_error(request: Request, error: AppError) -> JSONResponse:
     if error.http_status >= 500:
         log.warning("%s %s: %s", request.method, request.url.path, error)
-    return response_of(error)
+    return response_of(error, path_of(request))
+
+
+class _HttpFailure(RequestError):
+    """A status that the framework chose."""
+
+    code = "http_error"
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.http_status = status  # type: ignore[misc]  # a status of this one error
 
 
 async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
@@ -42,23 +55,20 @@ async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
         404: NotFound("There is nothing at this address.", hint="/docs lists the API."),
         405: MethodNotAllowed(f"This address does not take {request.method}."),
     }
-    failure = known.get(error.status_code)
-    if failure is None:
-        body = {"error": {"message": str(error.detail), "type": "invalid_request_error", "param": None, "code": "http_error"}}
-        return JSONResponse(body, status_code=error.status_code, headers=dict(error.headers or {}))
-    headers = {k: v for k, v in (error.headers or {}).items() if k.lower() == "allow"}
-    return JSONResponse(failure.openai_body(), status_code=failure.http_status, headers=headers)
+    failure = known.get(error.status_code) or _HttpFailure(error.status_code, str(error.detail))
+    headers = {k: v for k, v in (error.headers or {}).items() if error.status_code not in known or k.lower() == "allow"}
+    return response_of(failure, path_of(request), headers)
 
 
 async def _validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
     first = error.errors()[0]
     param = ".".join(str(part) for part in first["loc"][1:])[:64] or None
-    return response_of(InvalidParameter(f"{param or 'The request'}: {first['msg']}.", param=param))
+    return response_of(InvalidParameter(f"{param or 'The request'}: {first['msg']}.", param=param), path_of(request))
 
 
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:
     log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return response_of(AppError("The server failed at this request.", hint="Its log says why."))
+    return response_of(AppError("The server failed at this request.", hint="Its log says why."), path_of(request))
 
 
 async def _left(request: Request, error: Exception) -> Response:

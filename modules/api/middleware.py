@@ -9,27 +9,34 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import re
 import socket
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import HTMLResponse, Response
 
-from modules.api.access import LOGIN_PAGE
-from modules.api.errors import body_of
+from modules import caller
+from modules.api.access import LOGIN_PAGE, NOBODY
+from modules.api.errors import response_of
 from modules.errors import AppError, BodyTooLarge, Forbidden, InvalidParameter, Overloaded, RequestTimeout, Unauthorized
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-    from modules.api.access import AccessControl
+    from modules.api.access import AccessControl, Identity
+
+OnResponse = Callable[[str, str, int, float], None]
+"""Called with method, route, status and seconds once a response has begun to go out and ended."""
 
 MAX_HEADERS = 256
 BODY_DEADLINE_S = 60.0
 MAX_REQUESTS = 512
 LARGE_BODIES = {"/ui-api/conversations/import": 256 << 20}
 SAFE_METHODS = frozenset({"GET", "HEAD"})
+REVOCATION_CHECK_S = 3.0
 
 # Gradio's page holds inline scripts and styles and compiles templates, hence the two 'unsafe' words; nothing may come from or
 # go to another host, whatever a model's answer contains.
@@ -122,6 +129,7 @@ class Guard:
         max_body_bytes: int = 10 << 20,
         max_requests: int = MAX_REQUESTS,
         body_deadline_s: float = BODY_DEADLINE_S,
+        on_response: OnResponse | None = None,
     ) -> None:
         self._app = app
         self._access = access
@@ -130,6 +138,7 @@ class Guard:
         self._max_body = max_body_bytes
         self._max_requests = max_requests
         self._deadline_s = body_deadline_s
+        self._on_response = on_response
         self._active = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -140,32 +149,41 @@ class Guard:
             await _refuse_websocket(receive, send)  # nothing here speaks it
             return
         headers = _Headers(scope)
+        client = (scope.get("client") or ("", 0))[0]
+        caller.enter(caller.Caller(client, agent=headers.agent))
         try:
             foreign = self._check(scope, headers)
         except AppError as error:
             await self._refuse(error, scope, headers, receive, send)
             return
         if scope["method"] == "OPTIONS" and foreign and headers.preflight:
-            await _preflight(foreign)(scope, receive, send)
+            await _preflight(foreign, headers)(scope, receive, send)
             return
         if headers.query_has_token and scope["method"] == "GET":
             redirect = self._access.take_token(scope["path"], scope["query_string"].decode("latin-1"))
             if redirect is not None:
-                await redirect(scope, receive, _with_headers(send, None))
+                await redirect(scope, receive, _Sender(send, None))
                 return
         try:
-            client = (scope.get("client") or ("", 0))[0]
-            self._access.check(scope["method"], headers.path, scope["headers"], client)
+            identity = self._access.check(scope["method"], headers.path, scope["headers"], client)
             if self._active >= self._max_requests and headers.path != "/health":
                 raise Overloaded("The server is at its limit of concurrent requests.", hint="Try again in a moment.")
         except AppError as error:
             await self._refuse(error, scope, headers, receive, send, foreign)
             return
+        if identity is not NOBODY:
+            caller.enter(caller.Caller(client, identity.name, headers.agent))
+            receive = self._while_valid(identity, receive)
         self._active += 1
+        began = time.monotonic()
+        sender = _Sender(send, foreign)
         try:
-            await self._app(scope, self._bounded(headers, receive), _with_headers(send, foreign))
+            await self._app(scope, self._bounded(headers, receive), sender)
         finally:
             self._active -= 1
+            if self._on_response is not None:
+                route = getattr(scope.get("route"), "path", "") or "other"
+                self._on_response(scope["method"], route, sender.status, time.monotonic() - began)
 
     # --- checks -----------------------------------------------------------------------------------------------
 
@@ -228,6 +246,21 @@ class Guard:
 
         return bounded
 
+    def _while_valid(self, identity: Identity, receive: Receive) -> Receive:
+        """`receive` that tells a request whose key was revoked that its client has gone."""
+
+        async def until_revoked() -> Message:
+            waiting = asyncio.ensure_future(receive())
+            try:
+                while not (await asyncio.wait([waiting], timeout=REVOCATION_CHECK_S))[0]:
+                    if not self._access.valid(identity):
+                        return {"type": "http.disconnect"}
+                return waiting.result()
+            finally:
+                waiting.cancel()
+
+        return until_revoked
+
     async def _refuse(
         self, error: AppError, scope: Scope, headers: _Headers, receive: Receive, send: Send, foreign: str | None = None
     ) -> None:
@@ -235,25 +268,29 @@ class Guard:
         if isinstance(error, Unauthorized) and scope["method"] == "GET" and headers.wants_html:
             response = HTMLResponse(LOGIN_PAGE, status_code=401, headers={"Cache-Control": "no-store"})
         else:
-            response = JSONResponse(body_of(error), status_code=error.http_status)
-        if error.http_status in (429, 503):
-            response.headers["Retry-After"] = "2"
+            response = response_of(error, headers.path)
         if isinstance(error, Unauthorized):
             response.headers["WWW-Authenticate"] = "Bearer"
-        await response(scope, receive, _with_headers(send, foreign))
+        if self._on_response is not None:
+            self._on_response(scope["method"], "refused", response.status_code, 0.0)
+        await response(scope, receive, _Sender(send, foreign))
 
 
 class _Headers:
     """What the guard looks at, gathered in one pass."""
 
-    __slots__ = ("accept", "chunked", "count", "dest", "hosts", "length", "mode", "origins", "path", "preflight", "query", "site")
+    __slots__ = (
+        "accept", "agent", "chunked", "count", "dest", "hosts", "length", "mode", "origins", "path", "preflight", "query",
+        "site", "wanted",
+    )  # fmt: skip
 
     def __init__(self, scope: Scope) -> None:
         self.hosts: list[bytes] = []
         self.origins: list[bytes] = []
         self.length: int | None = None
         self.chunked = self.preflight = False
-        self.accept = self.dest = self.mode = self.site = b""
+        self.accept = self.dest = self.mode = self.site = self.wanted = b""
+        self.agent = ""
         self.path: str = scope["path"].removeprefix(scope.get("root_path", ""))  # behind a proxy with --subpath
         self.query: bytes = scope.get("query_string", b"")
         self.count = len(scope["headers"])
@@ -274,8 +311,12 @@ class _Headers:
                 self.mode = value
             elif name == b"sec-fetch-dest":
                 self.dest = value
+            elif name == b"user-agent":
+                self.agent = value[:200].decode("latin-1")
             elif name == b"access-control-request-method":
                 self.preflight = True
+            elif name == b"access-control-request-headers":
+                self.wanted = value
 
     @property
     def has_body(self) -> bool:
@@ -303,29 +344,40 @@ def _too_large(limit: int) -> BodyTooLarge:
     return BodyTooLarge(f"The request's body is larger than {limit >> 20} MB.", hint="Send less, or raise --max-body-mb.")
 
 
-def _with_headers(send: Send, foreign: str | None) -> Send:
-    """`send` that adds the security headers to the start of the response, where the app did not set its own."""
+class _Sender:
+    """`send` that adds the security headers and the request's id to the start of the response, where the app set none."""
 
-    async def sending(message: Message) -> None:
+    __slots__ = ("_foreign", "_send", "status")
+
+    def __init__(self, send: Send, foreign: str | None) -> None:
+        self._send = send
+        self._foreign = foreign
+        self.status = 0
+
+    async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
+            self.status = message["status"]
             given = [(k, v) for k, v in message.get("headers", ()) if not k.lower().startswith(b"access-control-")]
             names = {k.lower() for k, _ in given} & _OURS
             extra = [pair for pair in SECURITY_HEADERS if pair[0] not in names]
-            if foreign:
-                extra += [(b"access-control-allow-origin", foreign.encode("latin-1")), (b"vary", b"Origin")]
+            extra.append((b"x-request-id", caller.request_id().encode()))
+            if self._foreign:
+                extra += [(b"access-control-allow-origin", self._foreign.encode("latin-1")), (b"vary", b"Origin")]
+                extra.append((b"access-control-expose-headers", b"X-Request-Id"))
             message = {**message, "headers": [*given, *extra]}
-        await send(message)
-
-    return sending
+        await self._send(message)
 
 
-def _preflight(origin: str) -> Response:
+def _preflight(origin: str, headers: _Headers) -> Response:
+    """A listed origin may send the headers its client library asks for (x-stainless-…, anthropic-version)."""
+    asked = headers.wanted.decode("latin-1")
+    wanted = asked if re.fullmatch(r"[\w\-]+(?: ?, ?[\w\-]+)*", asked, re.ASCII) else "Authorization, Content-Type, X-Api-Key"
     return Response(
         status_code=204,
         headers={
             "Access-Control-Allow-Origin": origin,
             "Access-Control-Allow-Methods": "GET, POST, PUT, PATCH, DELETE",
-            "Access-Control-Allow-Headers": "Authorization, Content-Type, X-Api-Key",
+            "Access-Control-Allow-Headers": wanted,
             "Access-Control-Max-Age": "600",
             "Vary": "Origin",
         },
