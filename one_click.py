@@ -222,7 +222,8 @@ class Launch:
             status = status or failed
         console.phase("pytest")
         console.finish("started")
-        return subprocess.run([python, "-m", "pytest", *pytest_flags(arguments)], cwd=ROOT, env=env, check=False).returncode or status
+        tests = subprocess.run([python, "-m", "pytest", *pytest_flags(arguments)], cwd=ROOT, env=env, check=False)
+        return tests.returncode or status
 
 
 def pytest_flags(arguments: list[str]) -> list[str]:

@@ -270,7 +270,7 @@ def test_test_runs_ruff_mypy_and_pytest_and_keeps_the_first_failure(
     monkeypatch.setattr(one_click.subprocess, "run", play)
     monkeypatch.setattr(one_click.llamacpp_build, "build_state", lambda installer: "ok")
     assert one_click.main(["test", "-k", "x"]) == 1
-    assert commands == [["ruff", "check", "."], ["mypy"], ["pytest", "tests", "-k", "x"]]
+    assert commands == [["ruff", "check", "."], ["mypy"], ["pytest", *one_click.pytest_flags(["-k", "x"])]]
     assert launched["ensured"] == ["parent", "llamacpp", "torch", "tests"]
 
 
