@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 from modules.detect.draft import Draft, folder_files
@@ -34,7 +35,7 @@ def examine_flexgen(path: Path, draft: Draft) -> None:
     for name, size in files.items():
         if not name.startswith("decoder."):
             continue
-        shape = _shape(path / name, size)
+        shape = array_header(path / name, size).shape
         draft.parameters += math.prod(shape)
         if name.startswith(_EMBEDDING) and shape:
             draft.vocab_size = shape[0]
@@ -44,7 +45,18 @@ def examine_flexgen(path: Path, draft: Draft) -> None:
         raise CorruptModel(f"{_FIRST_LAYER} is missing from the folder.", hint="Convert the OPT model for FlexGen again.")
 
 
-def _shape(path: Path, size: int) -> tuple[int, ...]:
+@dataclass(frozen=True, slots=True)
+class ArrayHeader:
+    """What the head of an .npy file says. `dtype` is NumPy's descriptor, such as "<f2"; `begin` is where the data starts."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    fortran: bool
+    begin: int
+
+
+def array_header(path: Path, size: int) -> ArrayHeader:
+    """The header of the array in a file of `size` bytes. Raises UnsafeModel for Python objects, CorruptModel when it is cut."""
     with path.open("rb") as file:
         head = file.read(4096)
     text = ""
@@ -53,7 +65,7 @@ def _shape(path: Path, size: int) -> tuple[int, ...]:
         header = ast.literal_eval(text)
         if not isinstance(header, dict):
             raise ValueError("no header")
-        descr, shape = str(header["descr"]), tuple(header["shape"])
+        descr, shape, fortran = str(header["descr"]), tuple(header["shape"]), bool(header["fortran_order"])
         width = int(descr[2:])
         if any(type(side) is not int or side < 0 for side in shape):
             raise ValueError("no shape")
@@ -69,4 +81,4 @@ def _shape(path: Path, size: int) -> tuple[int, ...]:
         raise CorruptModel(
             f"{path.name}: file incomplete: {size:,} of at least {expected:,} bytes.", hint="Convert the model again."
         )
-    return shape
+    return ArrayHeader(descr, shape, fortran, begin)
