@@ -3,7 +3,7 @@
     AppError
      ├ ConfigError
      ├ RequestError
-     │  ├ InvalidParameter · UnsupportedParameter · InvalidJson · InvalidUnicode · InvalidGrammar
+     │  ├ InvalidParameter · UnsupportedParameter · NotSupported · InvalidJson · InvalidUnicode · InvalidGrammar
      │  ├ ContextLengthExceeded · ModelNotFound · NoModelLoaded · TemplateError · NotFound · MethodNotAllowed
      │  └ BodyTooLarge · UnsupportedMediaType · Unauthorized · Forbidden · Conflict · TooManyRequests
      │  · RequestTimeout · Overloaded
@@ -65,6 +65,12 @@ class InvalidParameter(RequestError):
 
 class UnsupportedParameter(RequestError):
     code = "unsupported_parameter"
+
+
+class NotSupported(RequestError):
+    """An address that clients know and this product has nothing for."""
+
+    code = "not_supported"
 
 
 class InvalidJson(RequestError):

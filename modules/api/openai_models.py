@@ -12,22 +12,15 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from modules import sampling
+from modules.api.turn import shown, split_extras, tool_arguments
 from modules.errors import InvalidParameter, UnsupportedParameter
+from modules.structured import check_schema
+from modules.tools.types import Function, Toolset
 
 MAX_STOPS, MAX_STOP_CHARS = 64, 256
-MAX_TOTAL_TOKENS = 4_000_000
+MAX_FUNCTIONS = 128
 ModelT = TypeVar("ModelT", bound=BaseModel)
 MaxTokens = Annotated[int, Field(ge=1, le=2**31 - 1)]
-
-# OpenAI's own fields that mean nothing to a local engine: bookkeeping is taken in silence, the rest gets a warning.
-BOOKKEEPING = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"})
-NO_EFFECT = frozenset(
-    "store service_tier parallel_tool_calls reasoning_effort verbosity modalities prediction truncation include".split()
-)
-# The operator's: paths, trust and templates are set where the server is, never by a request.
-OWNED_BY_OPERATOR = frozenset(
-    "trust_remote_code model_dir model_path extra_flags loader lora lora_path chat_template user_id api_key".split()
-)
 
 
 class StreamOptions(BaseModel):
@@ -60,8 +53,9 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Any = None
     name: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[Any] | None = Field(None, max_length=MAX_FUNCTIONS)
     tool_call_id: str | None = None
+    reasoning_content: str | None = None
 
 
 class Common(BaseModel):
@@ -85,30 +79,11 @@ class Common(BaseModel):
 
     def stops(self) -> tuple[str, ...]:
         """The stop sequences. Raises InvalidParameter."""
-        given = [self.stop] if isinstance(self.stop, str) else self.stop
-        if given is None:
-            return ()
-        if not isinstance(given, list) or not all(isinstance(item, str) for item in given):
-            raise InvalidParameter("stop must be a string or a list of strings.", param="stop")
-        if len(given) > MAX_STOPS or any(not 0 < len(item) <= MAX_STOP_CHARS for item in given):
-            raise InvalidParameter(
-                f"stop must hold at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters.", param="stop"
-            )
-        return tuple(given)
+        return check_stops(self.stop)
 
     def extras(self) -> tuple[dict[str, Any], list[str]]:
         """(checked sampling parameters, warnings about fields without effect). Raises InvalidParameter."""
-        values: dict[str, Any] = {}
-        warnings: list[str] = []
-        for name, value in (self.model_extra or {}).items():
-            if name in OWNED_BY_OPERATOR or name.startswith("__"):
-                raise InvalidParameter(f"{_shown(name)} is set by the server's operator, not by a request.", param=_shown(name))
-            if name in sampling.PARAMETERS or name in sampling.ALIASES:
-                values[name] = value
-            elif name not in BOOKKEEPING and value is not None:
-                known = "has no effect here" if name in NO_EFFECT else "is not known and has no effect"
-                warnings.append(f"{_shown(name)} {known}.")
-        return sampling.check(values), warnings[:32]
+        return split_extras(self.model_extra or {})
 
 
 class ChatRequest(Common):
@@ -118,10 +93,15 @@ class ChatRequest(Common):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: list[Any] | None = Field(None, max_length=MAX_FUNCTIONS)
     tool_choice: Any = None
-    functions: Any = None
+    parallel_tool_calls: bool | None = None
+    functions: list[Any] | None = Field(None, max_length=MAX_FUNCTIONS)
     function_call: Any = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    enable_thinking: bool | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
 
 
 class CompletionRequest(Common):
@@ -155,6 +135,18 @@ def _is_token(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def check_stops(stop: Any, param: str = "stop") -> tuple[str, ...]:
+    """Stop sequences: one string or a list of them. Raises InvalidParameter."""
+    given = [stop] if isinstance(stop, str) else stop
+    if given is None:
+        return ()
+    if not isinstance(given, list) or not all(isinstance(item, str) for item in given):
+        raise InvalidParameter(f"{param} must be a string or a list of strings.", param=param)
+    if len(given) > MAX_STOPS or any(not 0 < len(item) <= MAX_STOP_CHARS for item in given):
+        raise InvalidParameter(f"{param} must hold at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters.", param=param)
+    return tuple(given)
+
+
 def parse(model: type[ModelT], body: dict[str, Any]) -> ModelT:
     """The checked body. Raises InvalidParameter for the first thing wrong, with its path as `param`."""
     try:
@@ -162,7 +154,7 @@ def parse(model: type[ModelT], body: dict[str, Any]) -> ModelT:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         path = [str(part) for part in first["loc"] if not _type_word(part)]
-        param = _shown(".".join(path)) or None
+        param = shown(".".join(path)) or None
         if first["type"] == "missing":
             raise InvalidParameter(f"{param} is missing.", param=param) from None
         raise InvalidParameter(f"{param}: {_sentence(first['msg'])}", param=param) from None
@@ -184,11 +176,67 @@ def messages_of(request: ChatRequest) -> list[dict[str, Any]]:
         if message.name:
             entry["name"] = message.name
         if message.tool_calls:
-            entry["tool_calls"] = message.tool_calls
+            entry["tool_calls"] = _calls_of(message.tool_calls, f"{param}.tool_calls")
+        if message.reasoning_content and role == "assistant":
+            entry["reasoning_content"] = message.reasoning_content
         if message.tool_call_id:
             entry["tool_call_id"] = message.tool_call_id
         result.append(entry)
     return result
+
+
+def _calls_of(calls: list[Any], param: str) -> list[dict[str, Any]]:
+    """Calls of an earlier turn, as templates take them: arguments as an object."""
+    checked = []
+    for index, call in enumerate(calls):
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise InvalidParameter("A tool call needs its function's name.", param=f"{param}.{index}")
+        arguments = tool_arguments(function.get("arguments"), f"{param}.{index}.function.arguments")
+        made = {"id": str(call.get("id") or ""), "type": "function"}
+        checked.append({**made, "function": {"name": function["name"], "arguments": arguments}})
+    return checked
+
+
+def toolset_of(tools: list[Any] | None, choice: Any, *, parallel: bool | None = None, param: str = "tools") -> Toolset | None:
+    """OpenAI's tools and tool_choice, checked. Also Responses' flat form. Raises InvalidParameter or UnsupportedParameter."""
+    if not tools:
+        if choice not in (None, "none", "auto"):
+            raise InvalidParameter("tool_choice needs tools.", param="tool_choice")
+        return None
+    functions = tuple(_function_of(tool, f"{param}.{index}") for index, tool in enumerate(tools))
+    names = [function.name for function in functions]
+    if len(set(names)) < len(names):
+        raise InvalidParameter("Two tools have the same name.", param=param)
+    if isinstance(choice, dict):
+        inner = choice.get("function")
+        name = inner.get("name") if isinstance(inner, dict) else choice.get("name")
+        allowed = choice.get("type")
+        if allowed not in ("function", None) or name not in names:
+            raise InvalidParameter("tool_choice names a function that is not among tools.", param="tool_choice")
+        return Toolset(functions, str(name), parallel is not False)
+    if choice not in (None, "auto", "none", "required"):
+        raise InvalidParameter('tool_choice must be "auto", "none", "required" or name a function.', param="tool_choice")
+    return Toolset(functions, choice or "auto", parallel is not False)
+
+
+def _function_of(tool: Any, param: str) -> Function:
+    if not isinstance(tool, dict):
+        raise InvalidParameter("A tool must be an object.", param=param)
+    if tool.get("type", "function") != "function":
+        raise UnsupportedParameter("Only tools of type function can be used here.", param=f"{param}.type")
+    function = tool.get("function", tool)
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.\-]{1,64}", name):
+        raise InvalidParameter("A function's name must be 1 to 64 letters, digits, dots, _ or -.", param=f"{param}.function.name")
+    parameters = function.get("parameters")
+    if parameters is not None and not isinstance(parameters, dict):
+        raise InvalidParameter("A function's parameters must be a JSON schema.", param=f"{param}.function.parameters")
+    description = function.get("description")
+    if description is not None and not isinstance(description, str):
+        raise InvalidParameter("A function's description must be text.", param=f"{param}.function.description")
+    schema = check_schema(parameters, f"{param}.function.parameters") if parameters else {"type": "object", "properties": {}}
+    return Function(name, description or "", schema, bool(function.get("strict")))
 
 
 def _text_of(content: Any, param: str) -> str:
@@ -241,8 +289,3 @@ def _type_word(part: Any) -> bool:
 
 def _sentence(message: str) -> str:
     return message[:1].upper() + message[1:].rstrip(".") + "."
-
-
-def _shown(name: str) -> str:
-    """A client's own field name, fit for a message."""
-    return re.sub(r"[^\w.\-]", "?", name)[:64]

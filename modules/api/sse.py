@@ -59,10 +59,13 @@ class EventStream:
         on_disconnect: Callable[[], None] | None = None,
         headers: list[tuple[bytes, bytes]] | None = None,
         stall_s: float = STALL_S,
+        content_type: str = "",
     ) -> None:
         self._produce = produce
         self._on_disconnect = on_disconnect
         self._headers = [*HEADERS, *(headers or [])]
+        if content_type:  # newline-delimited JSON and the like
+            self._headers[0] = (b"content-type", content_type.encode("ascii"))
         self._stall_s = stall_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

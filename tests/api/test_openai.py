@@ -130,7 +130,6 @@ def test_samplers_the_backend_lacks_are_named_not_dropped(client: openai.OpenAI)
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"extra_body": {"grammar": 'root ::= "a"'}}, "grammar"),
         ({"extra_body": {"regex": "a+"}}, "regex"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
     ],
 )
 def test_what_the_backend_can_not_is_typed(client: openai.OpenAI, fields: dict[str, Any], param: str) -> None:

@@ -1,0 +1,113 @@
+"""/v1/embeddings: vectors of texts or token ids, by any loader that makes them."""
+
+from __future__ import annotations
+
+import base64
+import struct
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import JSONResponse, Response
+
+from modules.api.body import read_object
+from modules.api.job import model_name
+from modules.api.openai_models import parse
+from modules.api.turn import split_extras
+from modules.errors import ContextLengthExceeded, InvalidParameter, UnsupportedParameter
+
+if TYPE_CHECKING:
+    from fastapi import APIRouter, Request
+
+    from modules.residents import Lease
+    from modules.services import Services
+
+MAX_INPUTS = 2048
+
+
+class EmbeddingsRequest(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
+
+    model: str | None = None
+    input: Any = None
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: int | None = Field(None, ge=1, le=1_000_000)
+
+    def inputs(self) -> list[str | list[int]]:
+        """One or several, as text or token ids. Raises InvalidParameter."""
+        given = self.input
+        if isinstance(given, str) or (isinstance(given, list) and given and all(_is_token(item) for item in given)):
+            given = [given]
+        if not isinstance(given, list) or not 0 < len(given) <= MAX_INPUTS:
+            raise InvalidParameter(f"input must be a text, token ids, or a list of 1 to {MAX_INPUTS} of either.", param="input")
+        for index, item in enumerate(given):
+            if not (isinstance(item, str) or (isinstance(item, list) and item and all(_is_token(t) for t in item))):
+                raise InvalidParameter("An input must be a text or a list of token ids.", param=f"input.{index}")
+            if item == "":
+                raise InvalidParameter("An input is empty.", param=f"input.{index}")
+        return list(given)
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
+
+
+def add_routes(router: APIRouter, services: Services) -> None:
+    @router.post("/embeddings")
+    async def embeddings(request: Request) -> Response:
+        """One vector of length 1 for each input."""
+        body = parse(EmbeddingsRequest, await read_object(request))
+        inputs = body.inputs()
+        _, warnings = split_extras(body.model_extra or {})
+        name = model_name(body.model) if body.model is not None else None
+        async with services.manager.lease(name) as lease:
+            _check(services, lease)
+            vectors, tokens = [], 0
+            for index, item in enumerate(inputs):
+                ids = item if isinstance(item, list) else await lease.client.encode(item, True)
+                _check_ids(ids, lease, index)
+                vectors.append(await lease.client.embed(ids))
+                tokens += len(ids)
+                if body.dimensions not in (None, len(vectors[0])):
+                    raise UnsupportedParameter(
+                        f"This model's vectors have {len(vectors[0])} dimensions and can't be cut.", param="dimensions"
+                    )
+            model = lease.resident.model.id
+        return JSONResponse(
+            {
+                "object": "list",
+                "model": model,
+                "data": [
+                    {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format)}
+                    for index, vector in enumerate(vectors)
+                ],
+                "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+                "warnings": warnings,
+            }
+        )
+
+
+def _check(services: Services, lease: Lease) -> None:
+    spec = services.specs[lease.resident.loader]
+    if "embeddings" not in spec.features:
+        raise UnsupportedParameter(
+            f"{spec.title} makes no embeddings.", hint="Load the model with another backend.", param="model"
+        )
+
+
+def _check_ids(ids: list[int], lease: Lease, index: int) -> None:
+    info = lease.resident.info
+    if info is None:
+        return
+    if any(token >= (info.vocab_size or 2**31) for token in ids):
+        raise InvalidParameter("A token id is outside the model's vocabulary.", param=f"input.{index}")
+    if info.context_length and len(ids) > info.context_length:
+        raise ContextLengthExceeded(
+            f"Input {index} has {len(ids)} tokens; this model's context holds {info.context_length}.",
+            hint="Split it.",
+            param=f"input.{index}",
+        )
+
+
+def _encoded(vector: list[float], form: str | None) -> list[float] | str:
+    """base64 is little-endian 32-bit floats, as OpenAI's clients read it."""
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode("ascii") if form == "base64" else vector
