@@ -173,7 +173,17 @@ PARAMETERS: dict[str, Parameter] = {
             (0.0, 1.0, 0.01),
             initial=0.05,
         ),
-        _P("seed", "int", -1, "Same seed, same text; -1 takes a new one each time.", "Basics", -1, 2**63 - 1),
+        _P(
+            "seed",
+            "int",
+            -1,
+            "Same seed, same text; -1 takes a new one each time.",
+            "Basics",
+            -1,
+            2**63 - 1,
+            None,
+            ("sampler_seed",),
+        ),
         # -- penalties
         _P(
             "repetition_penalty",
@@ -273,6 +283,7 @@ PARAMETERS: dict[str, Parameter] = {
             0.0,
             100.0,
             (0.0, 5.0, 0.01),
+            ("nsigma",),
         ),
         _P(
             "typical_p",
