@@ -52,6 +52,7 @@ __all__ = [
     "ToolCallArguments",
     "ToolCallStart",
     "count_prompt",
+    "prompt_tokens",
     "render_prompt",
     "respond",
 ]
@@ -281,6 +282,17 @@ async def count_prompt(services: Services, turn: Turn, model: str | None) -> int
     if prepared.token_ids is not None:
         return len(prepared.token_ids)
     return len(await client.encode(prepared.prompt or "", turn.add_special and turn.messages is None))
+
+
+async def prompt_tokens(services: Services, choice: Choice) -> list[int]:
+    """The tokens of a started answer's prompt, before the worker has counted them."""
+    made, run = choice.prepared, choice.run
+    if made is None or run is None or run.resident is None:
+        return []
+    if made.token_ids is not None:
+        return list(made.token_ids)
+    add_special = made.turn.add_special and made.turn.messages is None
+    return await services.manager.client(run.resident.id).encode(made.prompt or "", add_special)
 
 
 async def render_prompt(services: Services, turn: Turn, model: str | None) -> str:
