@@ -230,6 +230,8 @@ COMMANDS = {
         Command("doctor", "modules.doctor", "Check every loader: installed, importable, device, generation."),
         Command("convert", "modules.convert.cli", "Convert and quantise models."),
         Command("quantize", "modules.quantize.cli", "Make a GPTQ checkpoint of a model."),
+        Command("evaluate", "modules.evaluate.cli", "Measure models: perplexity, speed, answers side by side, tasks."),
+        Command("bench", "modules.evaluate.bench_cli", "Measure tokens per second."),
         Command("download", "modules.download", "Download a model."),
     )
 }
