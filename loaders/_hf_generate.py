@@ -12,6 +12,7 @@ from loaders._process import peak_memory
 from modules.assemble import TokenAssembler
 from modules.detokenize import WindowDetokenizer
 from modules.errors import ContextLengthExceeded, GenerateOutOfMemory, GenerationFailed, InvalidParameter, LoadOutOfMemory
+from modules.grammar import Constraint, Grammars
 from modules.samplers import SamplerChain, SequenceBreakers, new_seed, token_logprob
 from modules.schema import Done, Event, GenerationRequest, PrefillProgress, Timings, TokenEvent, TokenLogprob, Usage
 
@@ -80,6 +81,7 @@ class HfRunner:
         self._chunk = prefill_chunk
         self._prefix = PrefixCache(loaded.model.config)
         self._breakers = SequenceBreakers(self.info.vocab_size, self.text.token_text)
+        self._grammars = Grammars(lambda: self.text.vocabulary(self.info.vocab_size, loaded.eos_ids))
         newline = self.text.encode("\n", add_special=False)[-1:]
         self._protected = frozenset(loaded.eos_ids | set(newline))
         try:
@@ -115,7 +117,8 @@ class HfRunner:
     ) -> Iterator[Event | None]:
         started = time.perf_counter()
         ids = self.prompt_ids(request)
-        assembler = self._assembler(request, ids)
+        constraint = self._grammars.constraint(request)
+        assembler = self._assembler(request, ids, constraint)
         chain = SamplerChain(
             sampler,
             ids,
@@ -123,6 +126,7 @@ class HfRunner:
             eos_ids=assembler.end_ids or self._eos_ids,
             breakers=self._breakers,
             protected_ids=self._protected,
+            constraint=constraint,
         )
         cached = self._prefix.reuse(ids)
         first = last = 0.0
@@ -152,9 +156,10 @@ class HfRunner:
             self._raise_typed(error)
         yield self._done(request, assembler, ids, cached, (started, first or time.perf_counter(), last), chain, ignored)
 
-    def _assembler(self, request: GenerationRequest, ids: list[int]) -> TokenAssembler:
+    def _assembler(self, request: GenerationRequest, ids: list[int], constraint: Constraint | None = None) -> TokenAssembler:
         decode = self.text.decoder(bool(request.sampling.get("skip_special_tokens", True)))
-        return TokenAssembler(request, WindowDetokenizer(decode, ids), self._eos_ids, self.info.context_length - len(ids))
+        room = self.info.context_length - len(ids)
+        return TokenAssembler(request, WindowDetokenizer(decode, ids), self._eos_ids, room, constraint)
 
     def _prefill(self, ids: list[int], cached: int, cancel: CancelToken) -> Iterator[tuple[int, Any]]:
         """(tokens in the cache, logits of the last of them) after each chunk; stops early when cancelled."""

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any
 
+from modules.grammar import Vocabulary
+
 
 class TextCodec:
     """A tokenizer of transformers, used through its Rust core where it has one.
@@ -46,6 +48,14 @@ class TextCodec:
     def decoder(self, skip_special: bool) -> Callable[[Sequence[int]], str]:
         """`decode` with the choice made, for a detokenizer's inner loop."""
         return lambda token_ids: self.decode(token_ids, skip_special)
+
+    def vocabulary(self, size: int, eos_ids: frozenset[int]) -> Vocabulary:
+        """For grammars: the Rust core's own description, or the text of each token of a tokenizer written in Python."""
+        if self._core is not None:
+            return Vocabulary(size, eos_ids, tokenizer_json=str(self._core.to_str()))
+        special = frozenset(int(i) for i in self._tokenizer.all_special_ids)
+        tokens = [b"" if i in special else self.token_text(i).encode() for i in range(size)]
+        return Vocabulary(size, eos_ids, tokens=tokens, special_ids=special, encode=lambda text: self.encode(text, False))
 
     def token_text(self, token_id: int) -> str:
         """One token's text as it stands inside a text: many tokenizers drop a leading space from the first token."""

@@ -44,7 +44,7 @@ SPEC = LoaderSpec(
         OptionSpec("threads", "int", 0, "CPU threads; 0 is one per core.", minimum=0, maximum=1024),
         OptionSpec("prefill_chunk", "int", 512, "Tokens per step of the prefill.", minimum=16, maximum=65_536, advanced=True),
     ),
-    features=frozenset({"logprobs", "echo", "score", "embeddings"}),
+    features=frozenset({"logprobs", "echo", "score", "embeddings", "grammar", "json_schema", "regex"}),
     overlay="transformers",
     probe=("torch", "transformers", "accelerate", "safetensors"),
     devices=("cpu", "cuda"),

@@ -98,7 +98,7 @@ SPEC = LoaderSpec(
         OptionSpec("threads", "int", 0, "CPU threads; 0 is one per core.", minimum=0, maximum=1024),
         OptionSpec("prefill_chunk", "int", 512, "Tokens per step of the prefill.", minimum=16, maximum=65_536, advanced=True),
     ),
-    features=frozenset({"logprobs", "echo", "lora", "score", "embeddings"}),
+    features=frozenset({"logprobs", "echo", "lora", "score", "embeddings", "grammar", "json_schema", "regex"}),
     overlay="transformers",
     probe=("torch", "transformers", "accelerate", "safetensors"),
     devices=("cpu", "cuda", "mps"),
@@ -154,15 +154,10 @@ class TransformersEngine(Engine):
         return self._runner
 
     def generate(self, request: GenerationRequest, cancel: CancelToken) -> Iterator[Event | None]:
-        for name in ("grammar", "json_schema", "regex"):
-            if getattr(request, name) is not None:
-                raise UnsupportedParameter(
-                    f"{SPEC.title} can't hold an answer to a {name}.",
-                    hint="Use the model's GGUF form with llama.cpp.",
-                    param=name,
-                )
         native = to_native(request.sampling)
         if "generate" in native:
+            if request.grammar is not None or request.json_schema is not None or request.regex is not None:
+                raise UnsupportedParameter("Beam search can't be held to a form.", hint="Leave num_beams out.", param="num_beams")
             yield from self.runner.beam_search(request, cancel, native["generate"], native["ignored"])
         else:
             yield from self.runner.generate(request, cancel, native["sampler"], native["ignored"])

@@ -9,22 +9,33 @@ from modules.stopping import StopMatcher
 
 if TYPE_CHECKING:
     from modules.detokenize import Detokenizer
+    from modules.grammar import Constraint
 
 
 class TokenAssembler:
     """Give it each sampled token; it gives the event to yield and says when to stop.
 
-    `eos_ids` end the text and are not shown; `room` is the number of tokens the context still holds.
+    `eos_ids` end the text and are not shown; `room` is the number of tokens the context still holds. `constraint` ends the text
+    where its grammar does, and only there: a minimum length or ignore_eos mean nothing beside it.
     """
 
-    def __init__(self, request: GenerationRequest, detokenizer: Detokenizer, eos_ids: frozenset[int], room: int) -> None:
+    def __init__(
+        self,
+        request: GenerationRequest,
+        detokenizer: Detokenizer,
+        eos_ids: frozenset[int],
+        room: int,
+        constraint: Constraint | None = None,
+    ) -> None:
         stop = request.stop
+        self._constraint = constraint
         self._request_id = request.request_id
         self._detokenizer = detokenizer
         self._matcher = StopMatcher(stop.stop)
         self._limit = room if stop.max_tokens is None else min(stop.max_tokens, room)
-        self._min_tokens = stop.min_tokens
-        self._ends = frozenset(stop.stop_token_ids) | (frozenset() if stop.ignore_eos else eos_ids)
+        self._min_tokens = stop.min_tokens if constraint is None else 0
+        ends_itself = constraint is not None or not stop.ignore_eos
+        self._ends = frozenset(stop.stop_token_ids) | (eos_ids if ends_itself else frozenset())
         self._pending_ids: list[int] = []
         self._pending_logprobs: list[TokenLogprob] = []
         self.count = 0
@@ -55,6 +66,9 @@ class TokenAssembler:
         text = self._matcher.feed(self._detokenizer.push(token_id))
         if self._matcher.match is not None:
             self.finish_reason = "stop"
+        elif self._constraint is not None and self._constraint.complete:
+            self.finish_reason = "stop"
+            text += self._end_text()
         elif self.count >= self._limit:
             self.finish_reason = "length"
             text += self._end_text()

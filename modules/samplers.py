@@ -10,13 +10,17 @@ from __future__ import annotations
 import math
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from modules import sampler_math as sm
 from modules import sampling
+from modules.errors import GenerationFailed
 from modules.schema import TokenLogprob
+
+if TYPE_CHECKING:
+    from modules.grammar import Constraint
 
 # What this chain honours. Guidance, contrastive and beam search and drafting need the model, not only its logits.
 SUPPORTED = frozenset(sampling.PARAMETERS) - {
@@ -110,7 +114,8 @@ class SamplerChain:
 
     `params` are checked sampling parameters. `prompt_ids` start the history. `eos_ids` are what `ban_eos_token` and a
     minimum length ban. `breakers` finds DRY's sequence breakers (none without it). `protected_ids` are never dropped by
-    XTC. `applied` and `ignored` are for the receipt; `seed` is the one in use.
+    XTC. `constraint` holds the answer to a grammar (`modules.grammar`): only what it allows is sampled, and it alone says where
+    the text may end. `applied` and `ignored` are for the receipt; `seed` is the one in use.
     """
 
     def __init__(
@@ -122,7 +127,9 @@ class SamplerChain:
         eos_ids: Iterable[int] = (),
         breakers: SequenceBreakers | None = None,
         protected_ids: Iterable[int] = (),
+        constraint: Constraint | None = None,
     ) -> None:
+        self._constraint = constraint
         supported = {name: value for name, value in params.items() if name in SUPPORTED}
         self._on = sampling.active(supported)
         self.greedy = supported.get("temperature", 1.0) == 0 and not self._on.get("dynamic_temperature")
@@ -133,6 +140,9 @@ class SamplerChain:
             self.ignored["temperature"] = "Dynamic temperature is on and takes its place."
         self.applied = {name: value for name, value in self._on.items() if name not in self.ignored}
         self.applied.pop("seed", None)
+        if constraint is not None and "ban_eos_token" in self.applied:
+            self.ignored["ban_eos_token"] = "The grammar decides where the text may end."
+            del self.applied["ban_eos_token"]
         self._vocab_size = vocab_size
         self._eos_ids = np.array(sorted({i for i in eos_ids if 0 <= i < vocab_size}), dtype=np.int64)
         self._protected = frozenset(protected_ids)
@@ -162,7 +172,8 @@ class SamplerChain:
     @property
     def is_argmax(self) -> bool:
         """Whether the next token is simply the largest logit, so that a loader may take it without leaving its device."""
-        return self.greedy and not self._steps and self._bias is None and "ban_eos_token" not in self._on
+        free = self._constraint is None and "ban_eos_token" not in self._on
+        return self.greedy and not self._steps and self._bias is None and free
 
     def sample(self, logits: sm.Floats, *, ban_ends: bool = False) -> int:
         """The next token from one row of logits [vocab]. `ban_ends` forbids the end tokens (a minimum length)."""
@@ -171,7 +182,11 @@ class SamplerChain:
             tokens, values = self._bias
             candidates.logits = logits.copy()
             candidates.logits[tokens] += values
-        if (ban_ends or "ban_eos_token" in self._on) and self._eos_ids.size:
+        if self._constraint is not None:
+            candidates.keep(self._constraint.allowed())
+            if not candidates.logits.size:
+                raise GenerationFailed("The grammar allows no token here.", hint="Change the grammar.")
+        elif (ban_ends or "ban_eos_token" in self._on) and self._eos_ids.size:
             candidates.ban(self._eos_ids.tolist())
         for step in self._steps:
             step(candidates)
@@ -183,6 +198,8 @@ class SamplerChain:
     def accept(self, token: int) -> None:
         """Note a chosen token (`sample` does; a loader calls it for a token it took itself)."""
         self._window = None
+        if self._constraint is not None:
+            self._constraint.accept(token)
         if self._mirostat is not None:
             surprise = -math.log2(max(_probability(self._mirostat, token), 1e-30))
             self._mu -= self._value("mirostat_eta") * (surprise - self._value("mirostat_tau"))
