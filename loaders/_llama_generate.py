@@ -21,6 +21,7 @@ from modules.schema import Done, Event, GenerationRequest, PrefillProgress, Timi
 if TYPE_CHECKING:
     from loaders._llama_load import LlamaModel
     from modules.engine import CancelToken
+    from modules.grammar import Constraint
 
 _SHORTER = "Shorten the prompt, or load the model with a larger context (ctx_size)."
 _ABORTED = 2
@@ -60,16 +61,23 @@ class LlamaRunner:
         return ids
 
     def generate(
-        self, request: GenerationRequest, cancel: CancelToken, grammar: str | None, ignored: dict[str, str]
+        self,
+        request: GenerationRequest,
+        cancel: CancelToken,
+        grammar: str | None,
+        ignored: dict[str, str],
+        constraint: Constraint | None = None,
     ) -> Iterator[Event | None]:
+        """`grammar` is GBNF for llama.cpp; `constraint` holds the answer to a form instead of it."""
         started = time.perf_counter()
         model = self._model
         ids = self.prompt_ids(request)
         special = not request.sampling.get("skip_special_tokens", True)
         detokenizer = ByteDetokenizer(lambda token: model.piece(token, special))
-        assembler = TokenAssembler(request, detokenizer, model.eos_ids, self.info.context_length - len(ids))
-        sampler = NativeSampler(model, request.sampling, ids, grammar=grammar, end_ids=assembler.end_ids)
-        if grammar is not None and request.stop.min_tokens:
+        assembler = TokenAssembler(request, detokenizer, model.eos_ids, self.info.context_length - len(ids), constraint)
+        sampler = NativeSampler(model, request.sampling, ids, grammar=grammar, end_ids=assembler.end_ids, constraint=constraint)
+        held = grammar is not None or constraint is not None
+        if held and request.stop.min_tokens:
             ignored = ignored | {"min_tokens": "The grammar decides where the text may end."}
         first = last = 0.0
         try:
@@ -112,7 +120,7 @@ class LlamaRunner:
             Timings((first or time.perf_counter()) - started, max(last - first, 0.0)),
             stop_match=assembler.stop_match,
             peak_memory_bytes=peak_memory(),
-            applied=sampler.applied | ({"grammar": True} if grammar is not None else {}),
+            applied=sampler.applied | ({"grammar": True} if held else {}),
             ignored=ignored | sampler.ignored,
             seed=sampler.seed,
         )

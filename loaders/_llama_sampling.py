@@ -1,4 +1,5 @@
-"""Chooses tokens with llama.cpp's own samplers, held to a grammar where one is given; or with ours for what it lacks.
+"""Chooses tokens with llama.cpp's own samplers, or with ours for what it lacks. A GBNF grammar is llama.cpp's own affair; JSON
+schemas and patterns are `modules.grammar`'s where llguidance is there.
 
 `plan` is the pure half: sampling parameters -> the native samplers in order. `NativeSampler` builds and runs them.
 """
@@ -16,6 +17,7 @@ from modules.samplers import SUPPORTED, SamplerChain, ignored_when_greedy, new_s
 
 if TYPE_CHECKING:
     from loaders._llama_load import LlamaModel
+    from modules.grammar import Constraint
 
 # Our sampler names that llama.cpp has no sampler for: a request that sets one is sampled by modules.samplers.
 _NOT_NATIVE = frozenset(
@@ -113,11 +115,13 @@ class NativeSampler:
         *,
         grammar: str | None,
         end_ids: frozenset[int],
+        constraint: Constraint | None = None,
     ) -> None:
         self._model, self._lib = model, model.lib
+        self._constraint = constraint
         self._end_ids = sorted(i for i in end_ids or model.eos_ids if 0 <= i < model.n_vocab)
         self.seed = seed_of(sampling)
-        self._plan = plan(sampling, grammar=grammar is not None)
+        self._plan = plan(sampling, grammar=grammar is not None or constraint is not None)
         self._chain = 0
         self._grammar = self._open_grammar(grammar) if grammar is not None else 0
         self._ours: SamplerChain | None = None
@@ -129,6 +133,7 @@ class NativeSampler:
                 eos_ids=self._end_ids,
                 breakers=model.breakers,
                 protected_ids=model.eos_ids | set(model.encode("\n", False)[-1:]),
+                constraint=constraint,
             )
         else:
             self._chain = self._build(prompt_ids)
@@ -138,6 +143,8 @@ class NativeSampler:
     def next(self, ban_ends: bool = False) -> int | None:
         """The next token; None when the grammar allows none, so that the text is at its end."""
         lib, ctx = self._lib, self._model.ctx
+        if self._constraint is not None and self._ours is None:
+            return self._next_allowed(self._constraint)
         if ban_ends and not self._grammar:
             # llama.cpp samples from this very buffer, which the next decode fills anew.
             logits = lib.llama_get_logits_ith(ctx, -1)
@@ -154,6 +161,18 @@ class NativeSampler:
             if handle:
                 self._lib.llama_sampler_free(handle)
         self._chain = self._grammar = 0
+
+    def _next_allowed(self, constraint: Constraint) -> int:
+        """By llama.cpp's samplers among what the constraint allows: all else is put to -inf in llama.cpp's own buffer, which the
+        next decode fills anew."""
+        row = self._model.logits()
+        allowed = constraint.allowed()
+        kept = row[allowed]
+        row.fill(float("-inf"))
+        row[allowed] = kept
+        token = int(self._lib.llama_sampler_sample(self._chain, self._model.ctx, -1))
+        constraint.accept(token)
+        return token
 
     # --- grammar --------------------------------------------------------------------------------------------
 

@@ -7,15 +7,18 @@ where xllamacpp's library hides the C interface (Windows): there `_xllamacpp_ser
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from collections.abc import Iterator, Sequence
 from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, cast
 
 from modules import sampling as table
 from modules.engine import CancelToken, Engine, Progress
 from modules.errors import BackendUnavailable, InvalidGrammar, UnsupportedParameter
+from modules.grammar import Grammars, Vocabulary
 from modules.schema import Event, GenerationRequest, LoaderSpec, LoadProgress, ModelInfo, OptionSpec
 
 if TYPE_CHECKING:
@@ -138,7 +141,7 @@ SPEC = LoaderSpec(
             advanced=True,
         ),
     ),
-    features=frozenset({"logprobs", "echo", "grammar", "json_schema", "lora", "score"}),
+    features=frozenset({"logprobs", "echo", "grammar", "json_schema", "regex", "lora", "score"}),
     overlay="llamacpp",
     probe=("xllamacpp", "numpy"),
     devices=("cpu", "cuda", "rocm", "metal", "vulkan"),
@@ -164,7 +167,8 @@ class LlamaCppEngine(Engine):
     def __init__(self) -> None:
         self._model: LlamaModel | ServerModel | None = None
         self._runner: LlamaRunner | ServerModel | None = None
-        self._schema_by_package = False
+        self._schema_by_package = self._by_server = False
+        self._grammars = Grammars(self._vocabulary)
 
     @classmethod
     def versions(cls) -> dict[str, str]:
@@ -193,6 +197,7 @@ class LlamaCppEngine(Engine):
             from loaders._xllamacpp_server import ServerModel
 
             self._model = self._runner = ServerModel(path, options, progress)
+            self._by_server = True
         else:
             from loaders._llama_generate import LlamaRunner
             from loaders._llama_load import LlamaModel
@@ -214,16 +219,31 @@ class LlamaCppEngine(Engine):
 
     def generate(self, request: GenerationRequest, cancel: CancelToken) -> Iterator[Event | None]:
         _, ignored = table.split_supported(request.sampling, SPEC.samplers, SPEC.title)
-        grammar = request.grammar
-        if request.json_schema is not None:
-            grammar = self._schema_grammar(request.json_schema)
+        runner = self.runner
+        if self._by_server or find_spec("llguidance") is None:
+            yield from runner.generate(request, cancel, self._grammar_of(request), ignored)
+            return
+        # llama.cpp reads GBNF itself; the other forms hold more than GBNF could say (patterns, ranges).
+        constraint = self._grammars.constraint(request) if request.grammar is None else None
+        yield from cast("LlamaRunner", runner).generate(request, cancel, request.grammar, ignored, constraint)
+
+    def _grammar_of(self, request: GenerationRequest) -> str | None:
+        """GBNF for what the answer is held to, where that is all there is."""
         if request.regex is not None:
             raise UnsupportedParameter(
-                f"{SPEC.title} takes a grammar or a JSON schema, no regular expression.",
+                f"This build of {SPEC.title} takes a grammar or a JSON schema, no regular expression.",
                 hint="Write it as a GBNF grammar.",
                 param="regex",
             )
-        yield from self.runner.generate(request, cancel, grammar, ignored)
+        return request.grammar if request.json_schema is None else self._schema_grammar(request.json_schema)
+
+    def _vocabulary(self) -> Vocabulary:
+        model = cast("LlamaModel", self.model)
+        tokens = [model.piece(i) for i in range(model.n_vocab)]
+        special = frozenset(i for i, piece in enumerate(tokens) if not piece)
+        tokens = [piece or model.piece(i, special=True) for i, piece in enumerate(tokens)]
+        encode = functools.partial(model.encode, add_special=False)
+        return Vocabulary(model.n_vocab, model.eos_ids, tokens=tokens, special_ids=special, encode=encode)
 
     def _schema_grammar(self, schema: dict[str, Any]) -> str:
         """GBNF for a JSON schema: llama-cpp-python's converter, or ours, as xllamacpp's makes no GBNF."""
@@ -260,6 +280,4 @@ class LlamaCppEngine(Engine):
 
 
 def _has_xllamacpp() -> bool:
-    from importlib.util import find_spec
-
     return find_spec("xllamacpp") is not None
