@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modules.convert.gguf import ConvertJob, convert, library_types
+from modules.convert.gguf import AUTO, ConvertJob, convert, library_types
 from modules.convert.unpickle import convert_pickle
 from modules.detect import find_model
 from modules.errors import AppError
@@ -22,17 +22,20 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "convert",
         help="convert and quantise models",
-        description="Convert a Hugging Face folder to GGUF, or quantise a GGUF, with llama.cpp's own tools. "
+        description="Convert a Hugging Face or GPTQ folder to GGUF, or quantise a GGUF, with llama.cpp's own tools. "
         "Turn pickled weights into safetensors.",
     )
     parser.add_argument("source", metavar="MODEL", nargs="?", help="a name under the model folder, or a path")
     parser.add_argument("--to", choices=("gguf", "safetensors"), default="gguf", help="format to write")
     parser.add_argument(
-        "--type", default="F16", help="GGUF type: F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0, … (--types lists all)"
+        "--type",
+        default=AUTO,
+        help="GGUF type: F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0, … (--types lists all); "
+        "default: F16, and for a GPTQ checkpoint the type that holds the same numbers",
     )
     parser.add_argument("--out", type=Path, metavar="FILE", help="file to write; default: NAME-TYPE.gguf beside the model")
     parser.add_argument("--imatrix", type=Path, metavar="FILE", help="importance matrix; types below Q2_K need one")
-    parser.add_argument("--requantize", action="store_true", help="allow a quantised GGUF as the source, at a loss of quality")
+    parser.add_argument("--requantize", action="store_true", help="quantise a quantised source again, at a loss")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     parser.add_argument(
         "--allow-pickle", action="store_true", help="with --to safetensors: open a .bin, .pt or .pth file you trust, fenced in"

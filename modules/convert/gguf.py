@@ -1,6 +1,7 @@
 """Hugging Face folder or GGUF -> GGUF of a chosen type.
 
     HF folder -> F32, F16, BF16    llama.cpp's converter, in the Transformers environment
+    GPTQ folder -> Q4_0, Q4_1, Q8_0    the same, with the packed numbers as they are (gptq.py)
     GGUF -> GGUF of any type       llama_model_quantize, in the llama.cpp environment
 
 Everything is written to hidden `.part` files beside the output. The output appears by one rename, after its header has been
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from modules.convert.gguf_types import FROM_CONVERTER, estimated_bytes, gguf_type
+from modules.convert.gptq import EXACT, exact_type
 from modules.convert.library import ConverterError, converter_dir, has_converter, install_converter
 from modules.convert.process import OnProgress, run_child
 from modules.detect import check
@@ -32,18 +34,20 @@ from modules.schema import LoadProgress, ModelFiles
 _CONVERTIBLE = ("hf", "gptq")
 # Folder names that say nothing about the model: its own name is the folder above.
 _GENERIC = frozenset({"hf", "model", "main", "snapshot", "safetensors", "fp16", "f16"})
+AUTO = "auto"
 _CHILDREN = "modules.convert.children"
 
 
 @dataclass(frozen=True, slots=True)
 class ConvertJob:
-    """`source`: an HF folder or a GGUF file. `out` None: beside the source, by `default_output`.
+    """`source`: an HF or GPTQ folder, or a GGUF file. `out` None: beside the source, by `default_output`.
 
-    `imatrix`: an importance matrix, which the smallest types need. `requantize` allows a quantized GGUF as the source, at a loss.
+    `type` "auto" is F16, or for a GPTQ folder the type that holds it without quantising again. `imatrix`: an importance matrix,
+    which the smallest types need. `requantize` allows a quantized source, at a loss.
     """
 
     source: Path
-    type: str = "F16"
+    type: str = AUTO
     out: Path | None = None
     imatrix: Path | None = None
     requantize: bool = False
@@ -69,10 +73,11 @@ async def convert(job: ConvertJob, on_progress: OnProgress, overlays: Overlays |
     InvalidParameter for an unknown type, StorageFull before anything is written when the disk has no room.
     """
     started = time.monotonic()
-    kind = gguf_type(job.type)
+    wanted = None if job.type == AUTO else gguf_type(job.type)
     overlays = overlays or Overlays.find()
     on_progress(LoadProgress("Checking the model"))
     model = check(job.source)
+    kind = _kind(model, wanted, job)
     out = job.out or default_output(Path(model.path), kind)
     _check_output(out, job)
     steps = _plan(model, kind, job, overlays)
@@ -82,11 +87,12 @@ async def convert(job: ConvertJob, on_progress: OnProgress, overlays: Overlays |
     notes: list[str] = []
     try:
         source = Path(model.path)
-        if "convert" in steps:
+        if "quantize" not in steps or "convert" in steps:
             await _ensure_converter(overlays, on_progress)
             target = middle if "quantize" in steps else part
-            written = kind if "quantize" not in steps else _lossless_type(model)
-            notes += await _from_hf(model, target, written, overlays, on_progress)
+            written = kind if steps == ("convert",) else _lossless_type(model, packed="bridge" in steps)
+            packed = "" if model.format != "gptq" else kind if "bridge" in steps else "float"
+            notes += await _from_hf(model, target, written, packed, overlays, on_progress)
             source = target
         if "quantize" in steps:
             notes += await _quantize(source, part, kind, job, overlays, on_progress)
@@ -118,6 +124,20 @@ async def library_types(overlays: Overlays | None = None) -> list[str]:
     return list(result["types"])
 
 
+def _kind(model: ModelFiles, wanted: str | None, job: ConvertJob) -> str:
+    """The type to write. Raises IncompatibleModel for one that would quantise a GPTQ checkpoint again, unasked."""
+    if model.format != "gptq":
+        return wanted or "F16"
+    if wanted is None or (wanted in EXACT and not job.requantize):
+        return exact_type(model, wanted)
+    if wanted not in FROM_CONVERTER and not job.requantize:
+        raise IncompatibleModel(
+            f"{model.id} is quantised already, and making {wanted} of it quantises it again, which loses more.",
+            hint="Leave --type out for a GGUF with the same numbers, or pass --requantize.",
+        )
+    return wanted
+
+
 def _plan(model: ModelFiles, kind: str, job: ConvertJob, overlays: Overlays) -> tuple[str, ...]:
     """Which of convert and quantize are needed; raises when one can't run here."""
     if model.format == "gguf":
@@ -144,6 +164,8 @@ def _plan(model: ModelFiles, kind: str, job: ConvertJob, overlays: Overlays) -> 
         )
     if kind in FROM_CONVERTER:
         return ("convert",)
+    if model.format == "gptq" and not job.requantize:
+        return ("bridge",)
     _need_llama_cpp(overlays)
     return ("convert", "quantize")
 
@@ -160,12 +182,12 @@ def _need_llama_cpp(overlays: Overlays) -> None:
         )
 
 
-def _lossless_type(model: ModelFiles) -> str:
-    """The float type that holds the source exactly, for the file between the two steps."""
+def _lossless_type(model: ModelFiles, *, packed: bool = False) -> str:
+    """The float type that holds the source exactly: for the file between the two steps, or beside packed layers."""
     folder = Path(model.path)
     tensors, _ = read_weights(folder, find_weights(folder, dict.fromkeys(model.files, 0)))
-    dtypes = {tensor.dtype for tensor in tensors.values()}
-    if "F32" in dtypes or model.format == "gptq":
+    dtypes = {tensor.dtype for name, tensor in tensors.items() if not name.endswith((".scales", ".zeros"))}
+    if "F32" in dtypes or (model.format == "gptq" and not packed):
         return "F32"
     return "BF16" if "BF16" in dtypes else "F16"
 
@@ -234,14 +256,16 @@ async def _ensure_converter(overlays: Overlays, on_progress: OnProgress) -> None
         raise BackendUnavailable(str(error)) from error
 
 
-async def _from_hf(model: ModelFiles, out: Path, kind: str, overlays: Overlays, on_progress: OnProgress) -> list[str]:
+async def _from_hf(
+    model: ModelFiles, out: Path, kind: str, packed: str, overlays: Overlays, on_progress: OnProgress
+) -> list[str]:
     folder = Path(model.path)
     name = folder.parent.name if folder.name.lower() in _GENERIC else folder.name
     converter = converter_dir(overlays.env_dir("transformers"))
     _, notes = await run_child(
         overlays.python("transformers"),
         f"{_CHILDREN}.hf_to_gguf",
-        [str(converter), str(folder), str(out), kind, name],
+        [str(converter), str(folder), str(out), kind, name, *([packed] if packed else [])],
         overlays.worker_env("transformers"),
         overlays.root,
         on_progress,

@@ -38,7 +38,7 @@ class BaseModel:
         for name in find_weights(folder, folder_files(folder)):
             header = read_safetensors(folder / name)
             self.entries.update({tensor: (folder / name, entry) for tensor, entry in header.tensors.items()})
-        self.model = _skeleton(folder)
+        self.model = skeleton(folder)
         self._keys = names_on_disk(self.model, self.entries)
         self._open: dict[Path, Any] = {}
         self._check_names()
@@ -110,7 +110,7 @@ class BaseModel:
                 )
 
 
-def _skeleton(folder: Path) -> Any:
+def skeleton(folder: Path) -> Any:
     """The model by its config.json, parameters on the meta device, computed buffers real."""
     import transformers
     from accelerate import init_empty_weights
@@ -119,6 +119,8 @@ def _skeleton(folder: Path) -> Any:
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     if getattr(config, "is_encoder_decoder", False):
         raise IncompatibleModel(f"{folder.name} has an encoder; only decoder models are quantised.")
+    if hasattr(config, "quantization_config"):  # a packed model's plain form, for the converter
+        del config.quantization_config
     with init_empty_weights(include_buffers=False):
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     model.tie_weights()

@@ -1,6 +1,9 @@
 """Run llama.cpp's converter on one model folder, in the Transformers environment.
 
-    python -m modules.convert.children.hf_to_gguf CONVERTER_DIR MODEL_DIR OUT TYPE NAME
+    python -m modules.convert.children.hf_to_gguf CONVERTER_DIR MODEL_DIR OUT TYPE NAME [PACKED]
+
+PACKED is for GPTQ checkpoints: Q4_0, Q4_1 or Q8_0 keeps their numbers in blocks of that type (TYPE is for all else), "float"
+dequantises them.
 
 The converter's files stay as they are; what is changed is changed here, at run time: no remote code, progress as numbers, GPT-2's
 pre-tokenizer recognised by what it is, and the merge order as scores.
@@ -21,9 +24,9 @@ from modules.errors import AppError, CorruptModel, IncompatibleModel, StorageFul
 
 def main() -> int:
     report = Report()
-    converter, model, out, kind, name = sys.argv[1:]
+    converter, model, out, kind, name, packed = (*sys.argv[1:], "")[:6]
     try:
-        _convert(report, Path(converter), Path(model), Path(out), kind, name)
+        _convert(report, Path(converter), Path(model), Path(out), kind, name, packed)
     except AppError as error:
         report.error(error)
         return 1
@@ -31,7 +34,7 @@ def main() -> int:
     return 0
 
 
-def _convert(report: Report, converter: Path, model: Path, out: Path, kind: str, name: str) -> None:
+def _convert(report: Report, converter: Path, model: Path, out: Path, kind: str, name: str, packed: str) -> None:
     report.stage("Starting the converter")
     sys.path.insert(0, str(converter))
     _forbid_remote_code()
@@ -43,6 +46,10 @@ def _convert(report: Report, converter: Path, model: Path, out: Path, kind: str,
     tokenizer = _read_tokenizer(model)
     _recognise_plain_byte_level(report, tokenizer)
     _score_by_merge_order(tokenizer)
+    if packed:
+        from modules.convert.children import gptq_layers
+
+        gptq_layers.install(report, model, None if packed == "float" else packed)
     sys.argv = ["convert_hf_to_gguf", str(model), "--outfile", str(out), "--outtype", kind.lower(), "--model-name", name]
     try:
         convert_hf_to_gguf.main()
