@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from modules.chat.store_sqlite import SqliteChatStore
     from modules.chat.templates import TemplateRenderer
     from modules.config import Config
+    from modules.evaluate.jobs import EvaluationJobs
     from modules.events import EventBus
     from modules.generation import Runs
     from modules.installs import InstallManager
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from modules.model_manager import ModelManager
     from modules.overlays import Overlays
     from modules.presets import Presets
+    from modules.quantizations import Quantizations
     from modules.residents import Resident
     from modules.schema import LoaderSpec
     from modules.settings import ModelSettings, Settings
@@ -41,6 +43,8 @@ class Services:
     presets: Presets
     store: SqliteChatStore
     installs: InstallManager
+    evaluations: EvaluationJobs
+    quantizations: Quantizations
     chat: ChatService = None  # type: ignore[assignment]  # set by modules.app, which it is built from
     ui_state: Literal["off", "starting", "ready", "failed"] = "off"
     loop: asyncio.AbstractEventLoop | None = None

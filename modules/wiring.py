@@ -13,6 +13,9 @@ from modules.chat.templates import TemplateRenderer
 from modules.config import ROOT
 from modules.engine_client import WorkerClient
 from modules.errors import AppError, ModelNotFound
+from modules.evaluate.jobs import EvaluationJobs
+from modules.evaluate.runner import Surroundings
+from modules.evaluate.store import EvaluationStore
 from modules.events import EventBus
 from modules.generation import Runs
 from modules.installs import InstallManager
@@ -20,6 +23,7 @@ from modules.library import LocalLibrary
 from modules.model_manager import ModelManager
 from modules.overlays import Overlays
 from modules.presets import Presets
+from modules.quantizations import Quantizations
 from modules.registry import discover, rank
 from modules.services import Services
 from modules.settings import ModelSettings, Settings
@@ -65,6 +69,14 @@ def build_services(config: Config) -> Services:
         idle_timeout_s=config.idle_timeout * 60,
         max_models=config.max_models,
     )
+    around = Surroundings(
+        library=library,
+        specs=specs,
+        overlays=overlays,
+        store=EvaluationStore(config.user_data_dir / "evaluations"),
+        datasets=[config.user_data_dir / "datasets"],
+        options=model_options,
+    )
     return Services(
         config=config,
         specs=specs,
@@ -79,6 +91,8 @@ def build_services(config: Config) -> Services:
         presets=presets,
         store=SqliteChatStore(config.user_data_dir),
         installs=InstallManager(overlays, events, torch=config.torch),
+        evaluations=EvaluationJobs(around, events),
+        quantizations=Quantizations(library, config.model_dir, overlays, events, config.user_data_dir / "quantizations.json"),
     )
 
 
@@ -111,6 +125,8 @@ async def running(services: Services) -> AsyncIterator[None]:
         if services.chat is not None:
             await services.chat.close()
         await services.installs.close()
+        await services.evaluations.close()
+        await services.quantizations.close()
         await services.manager.close()
         await services.templates.close()
         await services.store.close()

@@ -35,7 +35,7 @@ SESSION_S = 30 * 24 * 3600
 FAILURES, FAILURE_WINDOW_S = 10, 60.0
 FREE_PATHS = frozenset({"/health", "/login", "/favicon.ico"})
 # Reading these is anybody's; changing what is loaded, installed or applied is the operator's.
-ADMIN_WRITES = ("/ui-api/models/", "/ui-api/loaders/")
+ADMIN_WRITES = ("/ui-api/models/", "/ui-api/loaders/", "/ui-api/evaluations", "/ui-api/quantizations", "/ui-api/datasets")
 # What text-generation-webui asks its admin key for, reading included.
 ADMIN_PATHS = ("/v1/internal/model/list", "/v1/internal/model/load", "/v1/internal/model/unload", "/v1/internal/lora/")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import sys
@@ -19,6 +18,8 @@ from modules.overlays import Overlays
 from modules.registry import discover
 
 if TYPE_CHECKING:
+    import argparse
+
     from modules.config import Config
     from modules.schema import LoaderSpec
 

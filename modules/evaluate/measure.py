@@ -188,7 +188,7 @@ async def speed(subject: Subject, text: str, plan: SpeedPlan, on_step: OnStep) -
             prefill += [rate] if rate else []
             rate = done.timings.decode_rate(done.usage) if beams == 1 else len(ids) / max(done.timings.decode_s, 1e-9)
             decode += [rate] if rate else []
-        entry = {}
+        entry: dict[str, Any] = {}
         if prefill:
             entry["prefill_tok_s"] = spread(prefill)
         if decode:

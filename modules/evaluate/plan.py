@@ -218,7 +218,7 @@ def cross(models: Sequence[Target], loaders: Sequence[str]) -> tuple[Target, ...
     found = [
         target if target.loader else dataclasses.replace(target, loader=loader)
         for target in models
-        for loader in (loaders or [None])
+        for loader in loaders or (None,)
     ]
     return tuple(t for i, t in enumerate(found) if t not in found[:i])
 

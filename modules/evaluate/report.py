@@ -52,7 +52,8 @@ def table(runs: Sequence[dict[str, Any]]) -> Table:
     if beams:
         columns.append(Column("prefill_tok_s", "Prefill, tok/s", 1, "high"))
         columns += [
-            Column(f"decode_tok_s_{b}", f"Decode, tok/s, {b} beam{'s' if b != '1' else ''}", 2, "high") for b in sorted(beams, key=int)
+            Column(f"decode_tok_s_{b}", f"Decode, tok/s, {b} beam{'' if b == '1' else 's'}", 2, "high")
+            for b in sorted(beams, key=int)
         ]  # fmt: skip
     for task, metric in _ordered((t, m) for run in runs for row in run["rows"] for t, m in _metrics(row)):
         columns.append(Column(f"task_{task}_{metric}", f"{task}, {metric}", 4, "low" if "perplexity" in metric else "high"))

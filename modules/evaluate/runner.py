@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modules.chat.templates import TemplateRenderer
-from modules.errors import AppError, BackendUnavailable, EngineDead, IncompatibleModel, InvalidParameter
+from modules.errors import AppError, BackendUnavailable, Conflict, EngineDead, IncompatibleModel, InvalidParameter
 from modules.evaluate import agreement, harness, measure
 from modules.evaluate.environment import machine, software
 from modules.evaluate.plan import Plan, Target, check, loader_for
-from modules.evaluate.store import VERSION, EvaluationStore
+from modules.evaluate.store import VERSION, EvaluationStore, alive, this_process
 from modules.evaluate.subject import Subject
 from modules.evaluate.texts import BUNDLED, Text, read_text
 
@@ -57,7 +57,7 @@ class Evaluation:
 
     @classmethod
     def new(cls, around: Surroundings, plan: Plan, on_change: OnChange) -> Evaluation:
-        """A run that is stored from the start. Raises InvalidParameter for texts that are not here, before anything is computed."""
+        """A run that is stored from the start. Raises InvalidParameter for texts that are not here."""
         check(plan)
         for target in plan.targets:
             if target.loader is not None and target.loader not in around.specs:
@@ -71,6 +71,7 @@ class Evaluation:
             "created": time.time(),
             "finished": None,
             "state": "running",
+            "owner": this_process(),
             "plan": plan.to_dict(),
             "hardware": machine(),
             "software": software(),
@@ -84,7 +85,9 @@ class Evaluation:
     def resume(cls, around: Surroundings, run_id: str, on_change: OnChange) -> Evaluation:
         """The rest of a stored run: what failed is tried again, what is there stays."""
         run = around.store.load(run_id)
-        run["state"], run["finished"] = "running", None
+        if alive(run):
+            raise Conflict("This evaluation is running.", hint="Stop it first, or wait for it.")
+        run["state"], run["finished"], run["owner"] = "running", None, this_process()
         for row in run["rows"]:
             row["errors"] = []
         return cls(around, run, on_change)
@@ -291,9 +294,8 @@ def describe(row: dict[str, Any], model: ModelFiles, spec: LoaderSpec) -> None:
 def _failed(row: dict[str, Any], stage: str, error: AppError) -> None:
     detail = {key: error.detail[key] for key in ("exit_code", "signal") if key in error.detail}
     tail = str(error.detail.get("stderr") or "")[-2000:]
-    row["errors"].append(
-        {"stage": stage, "code": error.code, "message": error.message, "hint": error.hint} | detail | ({"stderr": tail} if tail else {})
-    )  # fmt: skip
+    said = {"stage": stage, "code": error.code, "message": error.message, "hint": error.hint}
+    row["errors"].append(said | detail | ({"stderr": tail} if tail else {}))
 
 
 def _json_safe(run: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from modules.errors import NotFound, StoreCorrupt
 from modules.paths import confine
 from modules.yaml_file import save_error
@@ -83,17 +85,34 @@ class EvaluationStore:
 
     def newest_unfinished(self) -> str | None:
         """The latest run that was stopped or broke off."""
-        return next((run["id"] for run in self.list() if run["state"] in ("cancelled", "interrupted", "running")), None)
+        return next((run["id"] for run in self.list() if run["state"] in ("cancelled", "interrupted", "partial")), None)
 
     def _path(self, run_id: str) -> Path:
         return confine(self.folder, f"{run_id}.json")
 
 
+def this_process() -> dict[str, Any]:
+    """Whose run it is: process id and start, since ids are used again."""
+    return {"pid": os.getpid(), "started": psutil.Process().create_time()}
+
+
+def alive(run: dict[str, Any]) -> bool:
+    """Whether the process that works on this run is there."""
+    owner = run.get("owner") or {}
+    if run["state"] != "running" or "pid" not in owner:
+        return False
+    try:
+        return abs(float(psutil.Process(owner["pid"]).create_time()) - float(owner["started"])) < 1
+    except psutil.Error:
+        return False
+
+
 def summary(run: dict[str, Any]) -> dict[str, Any]:
+    """What a list shows. A run whose process is gone was interrupted, whatever its file says."""
     return {
         "id": run["id"],
         "title": run.get("title") or "",
-        "state": run["state"],
+        "state": "interrupted" if run["state"] == "running" and not alive(run) else run["state"],
         "created": run["created"],
         "finished": run.get("finished"),
         "models": [row["label"] for row in run["rows"]],

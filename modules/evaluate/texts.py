@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from modules.errors import InvalidParameter
 
@@ -88,7 +89,7 @@ DATA_SETS = {
         DataSet(
             "c4",
             "C4, validation",
-            ("c4-validation.00000-of-00008.json.gz", "c4-validation.json.gz", "c4.jsonl", "c4.txt", "en/c4-validation.00000-of-00008.json.gz"),
+            ("c4-validation.00000-of-00008.json.gz", "c4-validation.json.gz", "c4.jsonl", "c4.txt"),
             "c4-validation.00000-of-00008.json.gz (on the Hugging Face Hub: allenai/c4, folder en)",
             _c4,
             max_windows=256,
@@ -100,6 +101,20 @@ BUNDLED = "bundled"
 
 def names() -> list[str]:
     return [BUNDLED, *DATA_SETS]
+
+
+def listed(folders: list[Path]) -> list[dict[str, object]]:
+    """What the page offers: the known data sets, here or not, and the user's own files in the first folder."""
+    found: list[dict[str, object]] = [{"name": BUNDLED, "title": "Held-out text (bundled)", "there": True, "fetch": ""}]
+    taken = {file for known in DATA_SETS.values() for file in known.files}
+    for known in DATA_SETS.values():
+        found.append(
+            {"name": known.name, "title": known.title, "there": find(known.name, folders) is not None, "fetch": known.fetch}
+        )
+    for path in sorted(folders[0].glob("*")) if folders[0].is_dir() else ():
+        if path.is_file() and path.suffix in (".txt", ".md", ".jsonl") and path.name not in taken:
+            found.append({"name": path.name, "title": path.name, "there": True, "fetch": "", "own": True})
+    return found
 
 
 def find(name: str, folders: list[Path]) -> Path | None:
@@ -126,8 +141,8 @@ def read_text(name: str, folders: list[Path]) -> Text:
         content = known.join(path)
         _not_empty(content, path)
         return Text(name, known.title, content, path.name, known.max_windows)
-    path = Path(name).expanduser()
-    if not path.is_file():
+    path = next((p for p in (Path(name).expanduser(), *(folder / name for folder in folders)) if p.is_file()), None)
+    if path is None:
         raise InvalidParameter(
             f"There is no text {name!r}.", hint=f"Give the path of a UTF-8 file, or one of {', '.join(names())}.", param="data"
         )
@@ -162,8 +177,7 @@ def _lines(path: Path) -> list[str]:
 def _rows(path: Path) -> Iterator[str]:
     """The "text" (or "sentence") of each line of a .jsonl or .json.gz file, or of each entry of a JSON list."""
     try:
-        opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
-        with opened as file:
+        with _opened(path) as file:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield _text_of(json.loads(line), path, number)
@@ -171,6 +185,10 @@ def _rows(path: Path) -> Iterator[str]:
         raise InvalidParameter(
             f"{path.name} can't be read as lines of JSON: {error}.", hint='Each line is an object with a "text".', param="data"
         ) from error
+
+
+def _opened(path: Path) -> IO[str]:
+    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8")
 
 
 def _text_of(row: object, path: Path, number: int) -> str:
