@@ -20,6 +20,7 @@ from modules.assemble import TokenAssembler
 from modules.detokenize import ByteDetokenizer
 from modules.engine import CancelToken, Engine, Progress
 from modules.errors import ContextLengthExceeded, CorruptModel, GenerationFailed, InvalidParameter
+from modules.grammar import Constraint, Grammars, Vocabulary
 from modules.sampling import CLASSIC, split_supported
 from modules.schema import (
     Done,
@@ -52,6 +53,7 @@ SPEC = LoaderSpec(
         ),
         OptionSpec("megabytes", "int", 0, "Memory to hold while loaded.", minimum=0, maximum=65_536),
     ),
+    features=frozenset({"grammar", "json_schema", "regex"}),
     slots=256,
     builtin=(ModelFiles("echo", "echo", "echo", context_length=8192, has_chat_template=True, bundled=True),),
 )
@@ -113,6 +115,10 @@ class EchoEngine(Engine):
         self._ids: dict[bytes, int] = {}
         self._context = 0
         self._ballast = b""
+        # Its vocabulary grows with what it reads, so a form is kept to by the single bytes, which are always there.
+        self._grammars = Grammars(
+            lambda: Vocabulary(EOS + 1, frozenset({EOS}), tokens=[*(bytes([b]) for b in range(EOS)), b"<|end|>"])
+        )
 
     @classmethod
     def versions(cls) -> dict[str, str]:
@@ -162,10 +168,13 @@ class EchoEngine(Engine):
         applied, ignored = split_supported(request.sampling, SPEC.samplers, SPEC.title)
         seed = request.sampling.get("seed", -1)
         seed = random.randrange(2**31) if seed < 0 else seed
-        reply = self._reply(_DIRECTIVE.sub("", message).strip() or prompt, directive, request, seed)
+        constraint = self._grammars.constraint(request)
+        text = _DIRECTIVE.sub("", message).strip() or prompt
+        reply = self._reply(text, directive, request, seed) if constraint is None else _held_to(constraint, text, seed)
 
         yield from self._prefill(request.request_id, len(prompt_ids), directive, cancel)
-        assembler = TokenAssembler(request, ByteDetokenizer(self._piece), frozenset({EOS}), self._context - len(prompt_ids))
+        room = self._context - len(prompt_ids)
+        assembler = TokenAssembler(request, ByteDetokenizer(self._piece), frozenset({EOS}), room, constraint)
         first: float | None = None
         begun = time.perf_counter()
         while assembler.finish_reason is None:
@@ -237,6 +246,40 @@ class EchoEngine(Engine):
             return self._pieces[token_id - FIRST_PIECE]
         except IndexError:
             raise InvalidParameter(f"Token id {token_id} is outside the vocabulary.", param="token_ids") from None
+
+
+def _held_to(constraint: Constraint, text: str, seed: int) -> Iterator[int]:
+    """A text of the form asked for: the shortest way out of every part, the message's letters and digits where any will do."""
+    rng = random.Random(seed)
+    letters = iter(re.findall(rb"[a-z]", text.lower().encode())[:8])
+    digits = iter(re.findall(rb"[0-9]", text.encode())[:3])
+    while True:
+        mask = constraint.allowed_mask()
+        in_string = mask & _STRING == _STRING
+        wanted = None
+        if mask & _LETTERS == _LETTERS:
+            wanted = next(letters, None)
+        elif mask & _DIGITS and not mask & _QUOTE:
+            wanted = next(digits, None)
+        if wanted is not None and mask >> wanted[0] & 1:
+            token = wanted[0]
+        elif mask >> EOS & 1:
+            token = EOS
+        elif in_string:
+            token = ord('"')
+        else:
+            choices = [t for t in b"}]" if mask >> t & 1] or [t for t in range(33, 127) if mask >> t & 1]
+            token = (
+                choices[0] if choices and choices[0] in b"}]" else rng.choice(choices or [t for t in range(EOS) if mask >> t & 1])
+            )
+        constraint.accept(token)
+        yield token
+
+
+_QUOTE = 1 << ord('"')
+_LETTERS = sum(1 << letter for letter in b"abcdefghijklmnopqrstuvwxyz")
+_DIGITS = sum(1 << digit for digit in b"0123456789")
+_STRING = _QUOTE | _LETTERS | 1 << ord("}")  # where all of these may come, it is the inside of a JSON string
 
 
 def _last_user_message(prompt: str) -> str:
