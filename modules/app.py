@@ -23,7 +23,20 @@ import uvicorn
 from fastapi import FastAPI
 from starlette.responses import HTMLResponse
 
-from modules.api import docs_page, errors, health, openai_routes, splash, ui_routes
+from modules.api import (
+    anthropic_routes,
+    docs_page,
+    errors,
+    health,
+    internal_routes,
+    kobold_routes,
+    llama_server_routes,
+    metrics,
+    ollama_routes,
+    openai_routes,
+    splash,
+    ui_routes,
+)
 from modules.api.access import AccessControl
 from modules.api.http_protocol import DeadlineProtocol
 from modules.api.middleware import Guard, Hosts
@@ -41,6 +54,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+# Kobold's /api/v1 and /api/extra before Ollama's /api; none of them clashes with Gradio, which is mounted behind all of them.
+PROTOCOLS = (openai_routes, anthropic_routes, kobold_routes, ollama_routes, llama_server_routes, internal_routes)
 SAME_SIGNAL_S = 0.5  # a terminal and a start script that passes it on may both deliver one Ctrl-C
 GRACE_S = 2  # for streams that don't end by themselves, after all generations have been stopped
 
@@ -74,7 +89,11 @@ def build_app(config: Config, services: Services | None = None) -> FastAPI:
     app.state.access = access
     errors.install(app)
     app.include_router(health.build_router(services))
-    app.include_router(openai_routes.build_router(services))
+    figures = metrics.Metrics(services)
+    services.runs.on_end = figures.ended
+    app.include_router(metrics.build_router(figures))
+    for protocol in PROTOCOLS:
+        app.include_router(protocol.build_router(services))
     services.chat = services.chat or ChatService(services)
     app.include_router(ui_routes.build_router(services))
     app.include_router(access.build_router())
@@ -84,7 +103,14 @@ def build_app(config: Config, services: Services | None = None) -> FastAPI:
         app.add_api_route("/", _splash, include_in_schema=False, methods=["GET", "HEAD"])
     own = [] if config.host in ("0.0.0.0", "::") else [config.host]
     hosts = Hosts([*config.allowed_hosts, *own], loopback_only=config.is_loopback)
-    app.add_middleware(Guard, access=access, hosts=hosts, origins=config.allowed_origins, max_body_bytes=config.max_body_mb << 20)
+    app.add_middleware(
+        Guard,
+        access=access,
+        hosts=hosts,
+        origins=config.allowed_origins,
+        max_body_bytes=config.max_body_mb << 20,
+        on_response=figures.responded,
+    )
     return app
 
 

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import math
 import time
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -573,13 +574,31 @@ class ModelManager:
 
     async def _idle_loop(self) -> None:
         while True:
-            await asyncio.sleep(min(15.0, max(0.05, self.idle_timeout_s / 4)))
+            await asyncio.sleep(min(15.0, max(0.05, self.idle_timeout_s / 4)) if self.idle_timeout_s else 5.0)
             self.unload_idle(time.time())
+
+    def keep_alive(self, resident_id: str, seconds: float) -> None:
+        """Unload this model after so many idle seconds, whatever --idle-timeout says: 0 once it is idle, infinity never."""
+        self._place(resident_id).keep_s = seconds
+        if seconds < 86400:
+            asyncio.get_running_loop().call_later(seconds + 0.1, self._unload_if_idle)
+        if self._idle_task is None:
+            self._idle_task = self._spawn(self._idle_loop())
+
+    def _unload_if_idle(self) -> None:
+        if not self._closed:
+            self.unload_idle(time.time())
+
+    def unload_due(self, resident_id: str) -> float:
+        """When this model goes if nobody uses it: seconds since the epoch, or infinity."""
+        place = self._place(resident_id)
+        keep = place.keep_s if place.keep_s is not None else self.idle_timeout_s or math.inf
+        return (place.last_used or time.time()) + keep
 
     def unload_idle(self, now: float) -> None:
         """Unload what has been idle; the next request for it loads it again."""
         for place in list(self._places.values()):
-            if place.state == "ready" and not place.busy and now - (place.last_used or now) >= self.idle_timeout_s:
+            if place.state == "ready" and not place.busy and now >= self.unload_due(place.id):
                 self._remember(place)
                 self._begin_close(place, "finish")
 

@@ -99,6 +99,7 @@ class Place:
     leases: set[Lease] = field(default_factory=set)
     queue: list[Ticket] = field(default_factory=list)
     average_s: float | None = None
+    keep_s: float | None = None  # how long it stays unused, where a client said so
     _drained: asyncio.Event = field(default_factory=asyncio.Event)
     _telling: bool = False
 

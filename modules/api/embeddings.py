@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import struct
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -16,6 +17,8 @@ from modules.api.turn import split_extras
 from modules.errors import ContextLengthExceeded, InvalidParameter, UnsupportedParameter
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fastapi import APIRouter, Request
 
     from modules.residents import Lease
@@ -58,32 +61,49 @@ def add_routes(router: APIRouter, services: Services) -> None:
         body = parse(EmbeddingsRequest, await read_object(request))
         inputs = body.inputs()
         _, warnings = split_extras(body.model_extra or {})
-        name = model_name(body.model) if body.model is not None else None
-        async with services.manager.lease(name) as lease:
-            _check(services, lease)
-            vectors, tokens = [], 0
-            for index, item in enumerate(inputs):
-                ids = item if isinstance(item, list) else await lease.client.encode(item, True)
-                _check_ids(ids, lease, index)
-                vectors.append(await lease.client.embed(ids))
-                tokens += len(ids)
-                if body.dimensions not in (None, len(vectors[0])):
-                    raise UnsupportedParameter(
-                        f"This model's vectors have {len(vectors[0])} dimensions and can't be cut.", param="dimensions"
-                    )
-            model = lease.resident.model.id
+        made = await vectors_of(services, body.model, inputs, dimensions=body.dimensions)
         return JSONResponse(
             {
                 "object": "list",
-                "model": model,
+                "model": made.model,
                 "data": [
                     {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format)}
-                    for index, vector in enumerate(vectors)
+                    for index, vector in enumerate(made.vectors)
                 ],
-                "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+                "usage": {"prompt_tokens": made.tokens, "total_tokens": made.tokens},
                 "warnings": warnings,
             }
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Vectors:
+    """One vector for each input, the tokens they had together, and the model that made them."""
+
+    vectors: list[list[float]]
+    tokens: int
+    model: str
+
+
+async def vectors_of(
+    services: Services, model: str | None, inputs: Sequence[str | list[int]], *, dimensions: int | None = None
+) -> Vectors:
+    """Texts or token ids -> vectors, by the model named or the active one. Raises UnsupportedParameter where its backend makes
+    none, ContextLengthExceeded and InvalidParameter with the input's index."""
+    async with services.manager.lease(model_name(model) if model is not None else None) as lease:
+        _check(services, lease)
+        vectors: list[list[float]] = []
+        tokens = 0
+        for index, item in enumerate(inputs):
+            ids = item if isinstance(item, list) else await lease.client.encode(item, True)
+            _check_ids(ids, lease, index)
+            vectors.append(await lease.client.embed(ids))
+            tokens += len(ids)
+            if dimensions not in (None, len(vectors[0])):
+                raise UnsupportedParameter(
+                    f"This model's vectors have {len(vectors[0])} dimensions and can't be cut.", param="dimensions"
+                )
+        return Vectors(vectors, tokens, lease.resident.model.id)
 
 
 def _check(services: Services, lease: Lease) -> None:

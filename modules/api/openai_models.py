@@ -172,7 +172,7 @@ def messages_of(request: ChatRequest) -> list[dict[str, Any]]:
             raise InvalidParameter("A message needs content.", param=f"{param}.content")
         if message.name is not None and re.search(r"[\x00-\x1f\x7f]", message.name):
             raise InvalidParameter("A name holds a control character.", param=f"{param}.name")
-        entry: dict[str, Any] = {"role": role, "content": _text_of(message.content, f"{param}.content")}
+        entry: dict[str, Any] = {"role": role, "content": text_of(message.content, f"{param}.content")}
         if message.name:
             entry["name"] = message.name
         if message.tool_calls:
@@ -239,7 +239,8 @@ def _function_of(tool: Any, param: str) -> Function:
     return Function(name, description or "", schema, bool(function.get("strict")))
 
 
-def _text_of(content: Any, param: str) -> str:
+def text_of(content: Any, param: str) -> str:
+    """A message's content as text. Raises UnsupportedParameter for images, audio and files, InvalidParameter for the rest."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -249,20 +250,21 @@ def _text_of(content: Any, param: str) -> str:
     parts = []
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind in ("image_url", "input_image", "input_audio", "file", "image"):
+        if kind in ("image_url", "input_image", "input_audio", "file", "input_file", "image"):
             raise UnsupportedParameter("Images, audio and files can't be read by this model.", param=f"{param}.{index}")
-        if kind not in ("text", "input_text") or not isinstance(part.get("text"), str):
+        text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else None
+        if kind not in ("text", "input_text", "output_text", "refusal") or not isinstance(text, str):
             raise InvalidParameter('A part must be {"type": "text", "text": …}.', param=f"{param}.{index}")
-        parts.append(part["text"])
+        parts.append(text)
     return "".join(parts)
 
 
-def schema_of(model: type[BaseModel]) -> dict[str, Any]:
-    """The JSON schema of a body for /docs, sampling parameters included."""
+def schema_of(model: type[BaseModel], *, samplers: bool = True) -> dict[str, Any]:
+    """The JSON schema of a body for /docs; with `samplers` the sampling parameters are among its fields."""
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
     definitions = schema.pop("$defs", {})
     kinds = {"float": "number", "int": "integer", "bool": "boolean", "strings": "array", "names": "array", "bias": "object"}
-    for parameter in sampling.PARAMETERS.values():
+    for parameter in sampling.PARAMETERS.values() if samplers else ():
         entry: dict[str, Any] = {"type": kinds[parameter.kind], "description": parameter.help}
         if parameter.minimum is not None:
             entry["minimum"] = parameter.minimum
