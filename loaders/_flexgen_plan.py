@@ -1,0 +1,110 @@
+"""FlexGen's settings from the loader's options: checked, and in one form. Standard library only."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from modules.errors import InvalidParameter
+
+_PLACES = "GPU, CPU and disk"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """`weights`, `cache` and `activations` are percentages on GPU, CPU and disk. `dtype` is what is kept on CPU and disk."""
+
+    weights: tuple[float, float, float]
+    cache: tuple[float, float, float]
+    activations: tuple[float, float, float]
+    gpu_batch_size: int
+    num_gpu_batches: int
+    compress_weight: bool
+    compress_cache: bool
+    pin_weight: bool
+    overlap: bool
+    sep_layer: bool
+    cpu_cache_compute: bool
+    dtype: str
+    cuda: bool
+
+    @property
+    def slots(self) -> int:
+        return self.gpu_batch_size * self.num_gpu_batches
+
+
+def plan_of(options: dict[str, Any], cuda: bool) -> Plan:
+    """The plan the options ask for. Raises InvalidParameter, naming the option."""
+    six = str(options["percent"]).strip()
+    if six:
+        weights, cache, activations = _six(six)
+    else:
+        weights = _percentages(options["w_percent"], "w_percent")
+        cache = _percentages(options["cache_percent"], "cache_percent")
+        activations = _percentages(options["act_percent"], "act_percent")
+    if 100 not in activations:
+        raise InvalidParameter(
+            "FlexGen keeps all activations in one place.",
+            hint="Set act_percent to 100,0,0 (GPU), 0,100,0 (CPU) or 0,0,100 (disk).",
+            param="act_percent",
+        )
+    if options["compress_cache"] and 100 not in cache:
+        raise InvalidParameter(
+            "A compressed cache can't be spread over devices.",
+            hint="Set cache_percent to 100,0,0, 0,100,0 or 0,0,100, or leave compress_cache off.",
+            param="cache_percent",
+        )
+    dtype = options["dtype"]
+    if dtype == "float32" and (cuda or options["compress_weight"] or options["compress_cache"]):
+        why = "FlexGen computes in float16 on a GPU" if cuda else "compression takes float16"
+        raise InvalidParameter(f"dtype float32 is not possible here: {why}.", hint="Set dtype to auto.", param="dtype")
+    return Plan(
+        weights,
+        cache,
+        activations,
+        options["gpu_batch_size"],
+        options["num_gpu_batches"],
+        options["compress_weight"],
+        options["compress_cache"],
+        options["pin_weight"],
+        options["overlap"],
+        options["sep_layer"],
+        options["cpu_cache_compute"],
+        "float16" if dtype == "auto" else dtype,
+        cuda,
+    )
+
+
+def _numbers(text: Any, count: int, param: str) -> list[float]:
+    parts = [part for part in re.split(r"[\s,;/]+", str(text).strip()) if part]
+    try:
+        values = [float(part.removesuffix("%")) for part in parts]
+    except ValueError:
+        values = []
+    if len(values) != count or not all(0 <= value <= 100 for value in values):
+        raise InvalidParameter(
+            f"{param} must be {count} percentages from 0 to 100; it is {str(text)[:60]!r}.",
+            hint=f"For example {'100,0,0' if count == 3 else '0 100 100 0 100 0'}.",
+            param=param,
+        )
+    return values
+
+
+def _percentages(text: Any, param: str) -> tuple[float, float, float]:
+    gpu, cpu, disk = _numbers(text, 3, param)
+    total = gpu + cpu + disk
+    if abs(total - 100) > 1e-6:
+        raise InvalidParameter(f"{param}: the percentages on {_PLACES} must add up to 100; {text} makes {total:g}.", param=param)
+    return gpu, cpu, disk
+
+
+def _six(text: str) -> tuple[tuple[float, float, float], ...]:
+    """FlexGen's own form: GPU and CPU percent of weights, cache and activations; the rest of each is on disk."""
+    values = _numbers(text, 6, "percent")
+    found = []
+    for name, gpu, cpu in zip(("weights", "cache", "activations"), values[::2], values[1::2], strict=True):
+        if gpu + cpu > 100:
+            raise InvalidParameter(f"percent: {gpu:g} and {cpu:g} percent of the {name} are more than 100 together.", param="percent")
+        found.append((gpu, cpu, 100 - gpu - cpu))
+    return tuple(found)

@@ -1,0 +1,352 @@
+"""FlexGen: OPT and Galactica with weights, cache and activations spread over GPU, CPU and disk, for many requests at once.
+
+`_flexgen_plan` checks the options, `_flexgen_device` fits the package to the machine, `_flexgen_model` runs a block of sequences,
+`_flexgen_batch` makes blocks of requests.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loaders._flexgen_plan import Plan, plan_of
+from modules import sampling as table
+from modules.engine import CancelToken, Engine, Progress
+from modules.errors import CorruptModel, LoadOutOfMemory, StorageFull, UnsupportedParameter
+from modules.schema import Event, GenerationRequest, LoaderSpec, LoadProgress, ModelInfo, OptionSpec, Quantization
+
+if TYPE_CHECKING:
+    from loaders._flexgen_batch import Batcher
+    from loaders._flexgen_model import FlexModel
+    from modules.detect.opt import OptShape
+
+_NEEDS_MODEL = frozenset(
+    "num_beams length_penalty early_stopping guidance_scale penalty_alpha prompt_lookup_num_tokens".split()
+)
+_PERCENT = "Percent of the {} on GPU, CPU and disk; they add up to 100."
+_OFFLOAD = "switchyard-flexgen-"
+
+SPEC = LoaderSpec(
+    name="flexgen",
+    title="FlexGen",
+    engine="loaders.flexgen:FlexGenEngine",
+    summary="OPT and Galactica in little memory, many requests at once: weights and cache over GPU, CPU and disk.",
+    formats={"flexgen": 100, "hf": 10},
+    samplers=frozenset(table.PARAMETERS) - _NEEDS_MODEL,
+    options=(
+        OptionSpec("w_percent", "str", "100,0,0", _PERCENT.format("weights")),
+        OptionSpec("cache_percent", "str", "100,0,0", _PERCENT.format("attention cache")),
+        OptionSpec("act_percent", "str", "100,0,0", _PERCENT.format("activations") + " FlexGen keeps them in one place."),
+        OptionSpec(
+            "percent",
+            "str",
+            "",
+            "FlexGen's own form of the three: GPU and CPU percent of weights, cache and activations, the rest of each on disk: "
+            "0 100 100 0 100 0. Takes the place of the three.",
+            advanced=True,
+        ),
+        OptionSpec("gpu_batch_size", "int", 16, "Sequences computed together.", minimum=1, maximum=4096),
+        OptionSpec(
+            "num_gpu_batches",
+            "int",
+            1,
+            "GPU batches in a block: each layer's weights are brought once for all of them.",
+            minimum=1,
+            maximum=256,
+        ),
+        OptionSpec(
+            "compress_weight", "bool", False, "Keep the weights in 4 bits, in groups of 64.", aliases=("compress-weight",)
+        ),
+        OptionSpec("compress_cache", "bool", False, "Keep the attention cache in 4 bits.", aliases=("compress-cache",)),
+        OptionSpec(
+            "pin_weight", "bool", True, "Pin the weights in main memory, for faster copies to a GPU.", aliases=("pin-weight",)
+        ),
+        OptionSpec("overlap", "bool", True, "Bring the next layer's weights and cache while this one computes."),
+        OptionSpec("sep_layer", "bool", True, "Bring attention and feed-forward parts of a layer one by one.", advanced=True),
+        OptionSpec(
+            "cpu_cache_compute", "bool", False, "Compute attention on the CPU, where the cache is (with a GPU).", advanced=True
+        ),
+        OptionSpec(
+            "dtype",
+            "choice",
+            "auto",
+            "Number format of what is kept on CPU and disk. auto: float16. Arithmetic without a GPU is float32.",
+            choices=("auto", "float16", "float32"),
+            advanced=True,
+        ),
+        OptionSpec(
+            "ctx_size",
+            "int",
+            0,
+            "Context length in tokens; 0 is the model's own.",
+            minimum=0,
+            maximum=10_000_000,
+            aliases=("n_ctx", "max_seq_len", "context_length"),
+        ),
+        OptionSpec("cpu", "bool", False, "Stay on the CPU even if there is a GPU."),
+        OptionSpec("offload_dir", "path", "", "Folder for what is kept on disk; empty is a temporary one.", advanced=True),
+        OptionSpec("threads", "int", 0, "CPU threads; 0 is one per core.", minimum=0, maximum=1024),
+    ),
+    features=frozenset({"logprobs", "echo", "score", "embeddings"}),
+    overlay="flexgen",
+    probe=("torch", "flexgen", "transformers"),
+    slots=16,
+    notes=("A request that comes while a block of others runs waits for the next block.",),
+)
+
+
+def to_native(sampling: dict[str, Any]) -> dict[str, Any]:
+    """Sampling parameters for `modules.samplers.SamplerChain` ("sampler"), and what can't be honoured with the reason ("ignored")."""
+    honoured, ignored = table.split_supported(sampling, SPEC.samplers, SPEC.title)
+    return {"sampler": honoured, "ignored": ignored}
+
+
+class FlexGenEngine(Engine):
+    spec = SPEC
+
+    def __init__(self) -> None:
+        self._batcher: Batcher | None = None
+        self._model: FlexModel | None = None
+        self._offload: Path | None = None
+
+    @classmethod
+    def versions(cls) -> dict[str, str]:
+        found = {}
+        for package in ("flexgen", "torch", "transformers"):
+            try:
+                found[package] = metadata.version(package)
+            except metadata.PackageNotFoundError:
+                continue
+        return found
+
+    def load(self, path: str, options: dict[str, Any], progress: Progress) -> ModelInfo:
+        from modules.opt_weights import open_weights
+
+        folder = Path(path)
+        progress(LoadProgress("Checking the model"))
+        weights = open_weights(folder)
+        shape = weights.shape
+        progress(LoadProgress("Starting FlexGen"))
+        import torch
+
+        if options["threads"]:
+            torch.set_num_threads(options["threads"])
+        cuda = torch.cuda.is_available() and not options["cpu"]
+        plan = plan_of(options, cuda)
+        _check_memory(shape, plan)
+        from loaders import _flexgen_device as device
+        from loaders._flexgen_batch import Batcher
+        from loaders._flexgen_model import FlexModel
+
+        device.check_package()
+        total, count = len(shape.tensors()) + 1, 0
+
+        def on_tensor() -> None:
+            nonlocal count
+            count += 1
+            progress(LoadProgress("Placing the weights", min(count / total, 1.0)))
+
+        self._offload = _offload_folder(options["offload_dir"])
+        _check_disk(shape, plan, self._offload)
+        largest = max(_elements(side) for side in shape.tensors().values())
+        errors = device.adapt(weights, max(largest, _cache_elements(shape, plan)), cuda, on_tensor)
+        try:
+            self._model = FlexModel(shape, plan, errors, str(self._offload))
+        except (RuntimeError, MemoryError) as error:
+            if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in str(error):
+                raise LoadOutOfMemory(
+                    "The memory is too small for this placement of the weights.",
+                    hint="Put more of the weights on CPU or disk (w_percent), or set compress_weight.",
+                ) from error
+            raise
+        progress(LoadProgress("Reading the tokenizer"))
+        text, special = _tokenizer(folder)
+        info = _describe(folder, options, self._model, shape, special, torch.__version__)
+        self._batcher = Batcher(self._model, text, info)
+        self._batcher.score([0, 0])  # the first pass sets up kernels: not in the first request's time
+        return info
+
+    @property
+    def batcher(self) -> Batcher:
+        assert self._batcher is not None, "load comes first"
+        return self._batcher
+
+    def generate(self, request: GenerationRequest, cancel: CancelToken) -> Iterator[Event | None]:
+        for name in ("grammar", "json_schema", "regex"):
+            if getattr(request, name) is not None:
+                raise UnsupportedParameter(
+                    f"{SPEC.title} can't hold an answer to a {name}.",
+                    hint="Use the model's GGUF form with llama.cpp.",
+                    param=name,
+                )
+        native = to_native(request.sampling)
+        yield from self.batcher.generate(request, cancel, native["sampler"], native["ignored"])
+
+    def encode(self, text: str, add_special: bool) -> list[int]:
+        return self.batcher.text.encode(text, add_special)
+
+    def decode(self, token_ids: Sequence[int], skip_special: bool = True) -> str:
+        return self.batcher.text.decode(token_ids, skip_special)
+
+    def token_text(self, token_id: int) -> str:
+        return self.batcher.text.token_text(token_id)
+
+    def score(self, token_ids: Sequence[int]) -> list[float]:
+        return self.batcher.score(token_ids)
+
+    def embed(self, token_ids: Sequence[int]) -> list[float]:
+        return self.batcher.embed(token_ids)
+
+    def memory_bytes(self) -> int | None:
+        if self._model is None or not self._model.plan.cuda:
+            return None
+        import torch
+
+        return int(torch.cuda.memory_reserved())
+
+    def close(self) -> None:
+        if self._model is not None:
+            self._model.close()
+        if self._offload is not None:
+            shutil.rmtree(self._offload, ignore_errors=True)
+
+
+# --- before anything is loaded ---------------------------------------------------------------------------------------
+
+
+def _elements(sides: Sequence[int]) -> int:
+    count = 1
+    for side in sides:
+        count *= side
+    return count
+
+
+def weight_bytes(shape: OptShape, plan: Plan) -> dict[str, int]:
+    """Bytes of weights that the percentages promise on gpu, cpu and disk, about: FlexGen moves whole tensors.
+
+    The embedding counts twice, once for each end of the model. Without CUDA the GPU's share is float32 in main memory."""
+    tensors = shape.tensors()
+    elements = sum(_elements(side) for side in tensors.values()) + _elements(tensors["decoder.embed_tokens.weight"])
+    kept = 4.0 if plan.dtype == "float32" else 0.5625 if plan.compress_weight else 2.0  # 4 bits and a scale and minimum to 64
+    ready = kept if plan.cuda or plan.compress_weight else 4.0
+    gpu, cpu, disk = (percent / 100 for percent in plan.weights)
+    return {"gpu": int(elements * ready * gpu), "cpu": int(elements * kept * cpu), "disk": int(elements * kept * disk)}
+
+
+def _cache_elements(shape: OptShape, plan: Plan) -> int:
+    """Elements of one layer's keys for one GPU batch at full length: the largest thing the cache copies at once."""
+    return shape.positions * plan.gpu_batch_size * shape.hidden
+
+
+def _check_memory(shape: OptShape, plan: Plan) -> None:
+    from modules.memory import available_bytes
+
+    promised = weight_bytes(shape, plan)
+    needed = promised["cpu"] + (0 if plan.cuda else promised["gpu"])
+    available = available_bytes()
+    if available and needed > available:
+        raise LoadOutOfMemory(
+            f"This placement keeps {needed / 1e9:.1f} GB of weights in main memory; {available / 1e9:.1f} GB are free.",
+            hint="Put more of the weights on disk (w_percent), or set compress_weight.",
+        )
+
+
+def _check_disk(shape: OptShape, plan: Plan, folder: Path) -> None:
+    needed = weight_bytes(shape, plan)["disk"]
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise StorageFull(
+            f"This placement keeps up to {needed / 1e9:.1f} GB on disk; the offload folder has {free / 1e9:.1f} GB free.",
+            hint="Choose another folder (offload_dir), or put less of the weights on disk.",
+        )
+
+
+def _offload_folder(chosen: str) -> Path:
+    """A folder of this process's own; those of workers that were killed are removed."""
+    base = Path(chosen).expanduser() if chosen else Path(tempfile.gettempdir())
+    base.mkdir(parents=True, exist_ok=True)
+    for left in base.glob(f"{_OFFLOAD}*"):
+        pid = left.name.removeprefix(_OFFLOAD).partition("-")[0]
+        if pid.isdigit() and int(pid) != os.getpid() and not _alive(int(pid)):
+            shutil.rmtree(left, ignore_errors=True)
+    return Path(tempfile.mkdtemp(prefix=f"{_OFFLOAD}{os.getpid()}-", dir=base))
+
+
+def _alive(pid: int) -> bool:
+    import psutil
+
+    return bool(psutil.pid_exists(pid))
+
+
+def _tokenizer(folder: Path) -> tuple[Any, dict[str, Any]]:
+    import transformers
+
+    from loaders._hf_load import chat_template, end_token_ids
+    from loaders._hf_text import TextCodec
+    from modules.detect.draft import read_json
+
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        raise CorruptModel(
+            f"The tokenizer can't be read: {str(error).splitlines()[0][:200] if str(error) else type(error).__name__}.",
+            hint="Copy the tokenizer's files of the same OPT into the folder.",
+        ) from error
+    found = {}
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            found = read_json(folder / name) | found
+    special = {
+        "bos": tokenizer.bos_token,
+        "eos": tokenizer.eos_token,
+        "eos_ids": end_token_ids(found.get("eos_token_id"), tokenizer),
+        "template": chat_template(tokenizer),
+    }
+    return TextCodec(tokenizer), special
+
+
+def _describe(
+    folder: Path, options: dict[str, Any], model: FlexModel, shape: OptShape, special: dict[str, Any], torch_version: str
+) -> ModelInfo:
+    plan = model.plan
+    homes = model.bytes_by_home()
+    total = sum(homes.values()) or 1
+    names = {"gpu": "cuda:0" if plan.cuda else "cpu", "cpu": "cpu", "disk": "disk"}
+    shares: dict[str, float] = {}
+    for home, size in homes.items():
+        if size:
+            shares[names[home]] = round(shares.get(names[home], 0.0) + size / total, 4)
+    in_memory = homes["cpu"] + homes["gpu"]
+    notes = [
+        f"Weights: {homes['gpu'] / 1e6:,.0f} MB ready to compute, {homes['cpu'] / 1e6:,.0f} MB on CPU, {homes['disk'] / 1e6:,.0f} MB on "
+        f"disk; blocks of up to {plan.slots} sequences."
+    ]
+    if not plan.cuda and (options["cpu_cache_compute"]):
+        notes.append("cpu_cache_compute has no effect without a GPU.")
+    context = min(options["ctx_size"] or shape.positions, shape.positions)
+    if options["ctx_size"] > shape.positions:
+        notes.append(f"OPT has {shape.positions} positions; a larger context is not possible.")
+    return ModelInfo(
+        name=folder.name,
+        path=str(folder),
+        loader=SPEC.name,
+        format="flexgen" if (folder / "decoder.embed_tokens.weight").is_file() else "hf",
+        architecture="OPTForCausalLM",
+        quantization=Quantization("flexgen", 4, 64, sym=False) if plan.compress_weight else None,
+        dtype="float16" if plan.cuda else "float32",
+        context_length=context,
+        vocab_size=shape.vocab,
+        chat_template=special["template"],
+        bos_token=special["bos"],
+        eos_token=special["eos"],
+        eos_token_ids=tuple(sorted(special["eos_ids"])),
+        device_map=shares,
+        memory_bytes=in_memory,
+        engine=f"flexgen {FlexGenEngine.versions().get('flexgen', '')}, torch {torch_version}",
+        notes=tuple(notes),
+    )

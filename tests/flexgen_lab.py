@@ -1,0 +1,246 @@
+"""Experiments with FlexGen for tests/unit/test_loader_flexgen.py, in the FlexGen environment (the tests' own has no torch):
+
+python tests/flexgen_lab.py FOLDER BUNDLED     prints one line of JSON: {experiment: result}
+
+FOLDER is an empty one to work in, BUNDLED the bundled OPT ("" without one).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from loaders.flexgen import SPEC, FlexGenEngine  # noqa: E402
+from modules.convert.children.hf_to_flexgen import convert  # noqa: E402
+from modules.engine import CancelToken  # noqa: E402
+from modules.errors import AppError  # noqa: E402
+from modules.schema import Done, GenerationRequest, StopParams, TokenEvent  # noqa: E402
+
+TEXTS = ("Once upon a time", "Hello! How", "The little dog ran to the big red house and", "A", "One day, a girl")
+TOKENS = 16
+PLACEMENTS: dict[str, dict[str, Any]] = {
+    "all on the GPU's side": {},
+    "all on CPU": {"w_percent": "0,100,0", "cache_percent": "0,100,0", "act_percent": "0,100,0"},
+    "mixed, several GPU batches": {
+        "w_percent": "40,30,30",
+        "cache_percent": "50,30,20",
+        "gpu_batch_size": 2,
+        "num_gpu_batches": 4,
+    },
+    "all on disk": {"percent": "0 0 0 0 0 0", "gpu_batch_size": 3, "num_gpu_batches": 2},
+    "on disk without overlap, whole layers": {
+        "w_percent": "0,0,100",
+        "cache_percent": "0,0,100",
+        "overlap": False,
+        "sep_layer": False,
+    },
+    "float32 on CPU, several GPU batches": {"w_percent": "0,100,0", "dtype": "float32", "gpu_batch_size": 1, "num_gpu_batches": 8},
+}
+
+
+def main() -> None:
+    folder, bundled = Path(sys.argv[1]), sys.argv[2]
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    galactica = tiny(folder / "tiny galactica", activation_function="gelu", enable_bias=False, ffn_dim=80)
+    opt = tiny(folder / "tiny öpt")
+    model = Path(bundled) if bundled else opt
+    results: dict[str, Any] = {
+        "reference": greedy_reference(model),
+        "placements": {name: greedy(model, **options) for name, options in PLACEMENTS.items()},
+        "galactica": {"reference": scores_reference(galactica), "ours": scores(galactica)},
+        "4 bit": compressed(model),
+        "grown": grown(opt),
+        "converted": converted(opt, folder / "tiny öpt-np"),
+        "aside": score_while_generating(opt),
+        "cancelled": cancelled(opt),
+        "offload left": [path.name for path in folder.glob("offload/*")],
+    }
+    print(json.dumps(results))
+
+
+def tiny(folder: Path, **changes: Any) -> Path:
+    """A random OPT of 2 layers with the bundled model's tokenizer cut to bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    torch.manual_seed(0)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: number for number, token in enumerate(["<s>", "<pad>", "</s>", *alphabet])}
+    core = Tokenizer(models.BPE(vocabulary, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    sizes = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.OPTConfig(**{"vocab_size": len(vocabulary), "max_position_embeddings": 320, **sizes, **changes})
+    model = transformers.OPTForCausalLM(config)
+    for parameter in model.parameters():
+        parameter.data = parameter.data + 0.2 * torch.randn_like(parameter)
+    model.half().save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>").save_pretrained(folder)
+    return folder
+
+
+# --- ours ------------------------------------------------------------------------------------------------------
+
+
+def engine(folder: Path, **options: Any) -> FlexGenEngine:
+    made = FlexGenEngine()
+    offload = str(Path(sys.argv[1]) / "offload")
+    made.load(str(folder), {o.name: o.default for o in SPEC.options} | {"threads": 1, "offload_dir": offload} | options, lambda p: None)
+    return made
+
+
+def run(made: FlexGenEngine, prompts: list[list[int]], tokens: int, **sampling: Any) -> list[list[int]]:
+    """All prompts at once, stepped in turn as the worker does."""
+    requests = [
+        GenerationRequest(f"r{n}", token_ids=tuple(p), sampling={"temperature": 0.0} | sampling, stop=StopParams(tokens, ignore_eos=True))
+        for n, p in enumerate(prompts)
+    ]
+    streams = {r.request_id: made.generate(r, CancelToken()) for r in requests}
+    found: dict[str, list[int]] = {name: [] for name in streams}
+    while streams:
+        for name, events in list(streams.items()):
+            event = next(events)
+            if isinstance(event, TokenEvent):
+                found[name] += event.token_ids
+            if isinstance(event, Done):
+                del streams[name]
+    return list(found.values())
+
+
+def prompts_of(folder: Path) -> list[list[int]]:
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    return [tokenizer(text).input_ids for text in TEXTS]
+
+
+def greedy(folder: Path, **options: Any) -> list[list[int]]:
+    made = engine(folder, **options)
+    try:
+        return run(made, prompts_of(folder), TOKENS)
+    finally:
+        made.close()
+
+
+def scores(folder: Path, **options: Any) -> list[float]:
+    made = engine(folder, **options)
+    try:
+        return made.score(prompts_of(folder)[2])
+    finally:
+        made.close()
+
+
+def compressed(folder: Path) -> dict[str, Any]:
+    return {
+        "plain": scores(folder),
+        "weights": scores(folder, compress_weight=True, w_percent="30,30,40"),
+        "cache": greedy(folder, compress_cache=True, cache_percent="0,100,0"),
+        "cache on disk": greedy(folder, compress_cache=True, cache_percent="0,0,100"),
+    }
+
+
+def grown(folder: Path) -> dict[str, Any]:
+    """More tokens than a block's first allotment of cache, with the cache in every place."""
+    ids = prompts_of(folder)[:2]
+    found = {}
+    for name, options in {"gpu": {}, "mixed": {"cache_percent": "50,50,0"}, "disk": {"cache_percent": "0,0,100"}}.items():
+        made = engine(folder, **options)
+        found[name] = run(made, ids, 140)
+        made.close()
+    return found
+
+
+def converted(folder: Path, out: Path) -> dict[str, Any]:
+    convert(folder, out, "float16", lambda stage, fraction=None: None)
+    return {"before": scores(folder), "after": scores(out), "from disk": scores(out, w_percent="0,0,100")}
+
+
+def score_while_generating(folder: Path) -> dict[str, Any]:
+    """Scoring between two steps of a block changes neither."""
+    ids = prompts_of(folder)
+    made = engine(folder, w_percent="0,50,50")
+    alone, block = made.score(ids[2]), run(made, ids[:2], 8)
+    request = GenerationRequest("r", token_ids=tuple(ids[0]), sampling={"temperature": 0.0}, stop=StopParams(8, ignore_eos=True))
+    found: list[int] = []
+    between = []
+    for event in made.generate(request, CancelToken()):
+        if isinstance(event, TokenEvent):
+            found += event.token_ids
+            between.append(made.score(ids[2]) == alone)
+    made.close()
+    return {"scores": between, "tokens": found, "expected": block[0]}
+
+
+def cancelled(folder: Path) -> dict[str, Any]:
+    """A cancelled request ends while the others go on; the next block is as good as ever."""
+    ids = prompts_of(folder)
+    made = engine(folder)
+    whole = run(made, ids[:2], 8)
+    tokens = [CancelToken(), CancelToken()]
+    streams = [
+        made.generate(GenerationRequest(f"c{n}", token_ids=tuple(ids[n]), sampling={"temperature": 0.0}, stop=StopParams(8, ignore_eos=True)), t)
+        for n, t in enumerate(tokens)
+    ]
+    ends: dict[int, Any] = {}
+    texts: dict[int, list[int]] = {0: [], 1: []}
+    while len(ends) < 2:
+        for n in {0, 1} - ends.keys():
+            event = next(streams[n])
+            if isinstance(event, TokenEvent):
+                texts[n] += event.token_ids
+                if n == 0 and len(texts[0]) == 3:
+                    tokens[0].cancel()
+            if isinstance(event, Done):
+                ends[n] = event.finish_reason
+    again = run(made, ids[:2], 8)
+    made.close()
+    return {"reasons": [ends[0], ends[1]], "first": len(texts[0]), "second": texts[1], "whole": whole, "again": again}
+
+
+# --- transformers ----------------------------------------------------------------------------------------------
+
+
+def reference(folder: Path) -> Any:
+    return transformers.OPTForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def greedy_reference(folder: Path) -> list[list[int]]:
+    model, found = reference(folder), []
+    for ids in prompts_of(folder):
+        given = torch.tensor([ids])
+        out = model.generate(
+            given, attention_mask=torch.ones_like(given), do_sample=False, min_new_tokens=TOKENS, max_new_tokens=TOKENS,
+            eos_token_id=None, pad_token_id=0, temperature=None, top_p=None, top_k=None,
+        )  # fmt: skip
+        found.append(out[0, len(ids) :].tolist())
+    return found
+
+
+def scores_reference(folder: Path) -> list[float]:
+    ids = torch.tensor([prompts_of(folder)[2]])
+    with torch.inference_mode():
+        logs = reference(folder)(ids).logits[0, :-1].log_softmax(-1)
+    return logs.gather(1, ids[0, 1:, None])[:, 0].tolist()
+
+
+if __name__ == "__main__":
+    status = 1
+    try:
+        main()
+        status = 0
+    except AppError as error:
+        print(f"{error.code}: {error}", file=sys.stderr)
+    except Exception:
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # FlexGen's copy threads would keep a failed run alive
