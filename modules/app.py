@@ -26,6 +26,7 @@ from starlette.responses import HTMLResponse
 from modules.api import (
     anthropic_routes,
     docs_page,
+    embeddings,
     errors,
     health,
     internal_routes,
@@ -34,6 +35,7 @@ from modules.api import (
     metrics,
     ollama_routes,
     openai_routes,
+    responses,
     splash,
     ui_routes,
 )
@@ -55,7 +57,16 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 # Kobold's /api/v1 and /api/extra before Ollama's /api; none of them clashes with Gradio, which is mounted behind all of them.
-PROTOCOLS = (openai_routes, anthropic_routes, kobold_routes, ollama_routes, llama_server_routes, internal_routes)
+PROTOCOLS = (
+    openai_routes,
+    responses,
+    embeddings,
+    anthropic_routes,
+    kobold_routes,
+    ollama_routes,
+    llama_server_routes,
+    internal_routes,
+)
 SAME_SIGNAL_S = 0.5  # a terminal and a start script that passes it on may both deliver one Ctrl-C
 GRACE_S = 2  # for streams that don't end by themselves, after all generations have been stopped
 

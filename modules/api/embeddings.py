@@ -7,6 +7,7 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, Response
 
@@ -18,8 +19,6 @@ from modules.errors import ContextLengthExceeded, InvalidParameter, UnsupportedP
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from fastapi import APIRouter, Request
 
     from modules.residents import Lease
     from modules.services import Services
@@ -54,7 +53,10 @@ def _is_token(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**31
 
 
-def add_routes(router: APIRouter, services: Services) -> None:
+def build_router(services: Services) -> APIRouter:
+    """The route over these services."""
+    router = APIRouter(prefix="/v1", tags=["OpenAI"])
+
     @router.post("/embeddings")
     async def embeddings(request: Request) -> Response:
         """One vector of length 1 for each input."""
@@ -74,6 +76,8 @@ def add_routes(router: APIRouter, services: Services) -> None:
                 "warnings": warnings,
             }
         )
+
+    return router
 
 
 @dataclass(frozen=True, slots=True)

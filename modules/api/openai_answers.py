@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import secrets
 from typing import TYPE_CHECKING, Any
 
 from modules.api import sse
 from modules.api.errors import body_of
 from modules.api.job import Finish, Queued, Reasoning, Started, Text, ToolCallArguments, ToolCallStart
+from modules.caller import request_id
 from modules.errors import AppError
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ async def whole(job: Job, form: Form, *, best: tuple[int, int] | None = None) ->
         made = {"index": index, **form.choice(outcome), "logprobs": logprobs, "finish_reason": outcome.finish_reason}
         choices.append(made)
     return {
-        "id": form.prefix + secrets.token_hex(12),
+        "id": form.prefix + request_id(),
         "object": form.name,
         "created": job.created,
         "model": job.model_id,
@@ -153,7 +153,7 @@ class Streamer:
         self._form = form
         self._include_usage = include_usage
         self._nothing = ',"usage":null' if include_usage else ""
-        self._id = form.prefix + secrets.token_hex(12)
+        self._id = form.prefix + request_id()
 
     async def __call__(self, job: Job, write: sse.Writer) -> None:
         try:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
-from modules.api import embeddings
 from modules.api.body import read_object
 from modules.api.job import Job, model_name, respond
 from modules.api.openai_answers import ChatForm, CompletionForm, Form, Streamer, whole
@@ -80,7 +79,6 @@ def build_router(services: Services) -> APIRouter:
 
     for path, what in _NOT_HERE.items():
         refuse(path, what)
-    embeddings.add_routes(router, services)
     return router
 
 

@@ -115,10 +115,20 @@ def structure(turn: Turn, body: Common, response_format: Any) -> None:
         if response_format.json_schema is None:
             raise InvalidParameter("response_format needs its json_schema.", param="response_format.json_schema")
         schema = response_format.json_schema.schema_
-    if sum(item is not None for item in (grammar, schema, body.regex)) > 1:
-        raise InvalidParameter(
-            "Only one of response_format, json_schema, grammar and regex can be used.", param="response_format"
-        )
+    hold_to(turn, schema=schema, grammar=grammar, regex=body.regex)
+
+
+def hold_to(
+    turn: Turn,
+    *,
+    schema: dict[str, Any] | None = None,
+    grammar: str | None = None,
+    regex: str | None = None,
+    param: str = "response_format",
+) -> None:
+    """Hold the answer to at most one form. Raises InvalidParameter for two at once, InvalidGrammar for a bad one."""
+    if sum(item is not None for item in (grammar, schema, regex)) > 1:
+        raise InvalidParameter("Only one of response_format, json_schema, grammar and regex can be used.", param=param)
     turn.grammar = check_gbnf(grammar) if grammar is not None else None
-    turn.json_schema = check_schema(schema) if schema is not None else None
-    turn.regex = check_regex(body.regex) if body.regex is not None else None
+    turn.json_schema = check_schema(schema, param) if schema is not None else None
+    turn.regex = check_regex(regex) if regex is not None else None
