@@ -12,12 +12,14 @@ class Caller:
     """One request's sender. `key` is the name of the key it showed, `agent` its User-Agent; both may be empty.
 
     `request_id` goes out as X-Request-Id and is the part after the prefix of the response's own id (chatcmpl-…).
+    `background` work (a batch) lets every other request go first.
     """
 
     client: str = ""
     key: str = ""
     agent: str = ""
     request_id: str = field(default_factory=lambda: secrets.token_hex(12))
+    background: bool = False
 
     def same_program(self, other: Caller) -> bool:
         """Whether both requests come from what looks like one program: same address, key and User-Agent."""

@@ -15,6 +15,7 @@ import math
 import time
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from modules import caller
 from modules.errors import (
     AppError,
     Conflict,
@@ -477,7 +478,8 @@ class ModelManager:
 
     @contextlib.asynccontextmanager
     async def lease(self, model_id: str | None = None, on_position: OnPosition | None = None) -> AsyncIterator[Lease]:
-        """Wait for the model (loading it where the policy allows) and for a slot on its worker, in order of arrival.
+        """Wait for the model (loading it where the policy allows) and for a slot on its worker, in order of arrival; a caller in
+        the background waits for all others.
 
         None is the active model. `on_position(position, estimate_s)` tells where in the queue. Raises NoModelLoaded,
         ModelNotFound or the model's load error.
@@ -486,7 +488,7 @@ class ModelManager:
         lease: Lease | None = None
         while lease is None:
             place = await self._resolve(model_id)
-            ticket = Ticket(sequence, model_id is not None, on_position)
+            ticket = Ticket(sequence, model_id is not None, on_position, caller.current().background)
             place.enqueue(ticket)
             try:
                 lease = await ticket.future

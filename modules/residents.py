@@ -66,10 +66,11 @@ class Lease:
 class Ticket:
     """A place in the queue. Its future ends with a Lease, with None (the model went away: look again) or with an error."""
 
-    __slots__ = ("future", "named", "on_position", "sequence")
+    __slots__ = ("background", "future", "named", "on_position", "sequence")
 
-    def __init__(self, sequence: int, named: bool, on_position: OnPosition | None) -> None:
+    def __init__(self, sequence: int, named: bool, on_position: OnPosition | None, background: bool = False) -> None:
         self.sequence = sequence
+        self.background = background
         self.named = named
         self.on_position = on_position
         self.future: asyncio.Future[Lease | None] = asyncio.get_running_loop().create_future()
@@ -112,14 +113,19 @@ class Place:
         )  # fmt: skip
 
     @property
+    def slots(self) -> int:
+        """How many generations its worker runs at once."""
+        return (self.info.slots if self.info is not None else 0) or self.spec.slots
+
+    @property
     def busy(self) -> bool:
         return bool(self.leases or self.queue)
 
     # --- the queue ------------------------------------------------------------------------------------------
 
     def enqueue(self, ticket: Ticket) -> None:
-        """By arrival, also when the ticket waited elsewhere before."""
-        bisect.insort(self.queue, ticket, key=lambda t: t.sequence)
+        """By arrival, also when the ticket waited elsewhere before; background work after all others."""
+        bisect.insort(self.queue, ticket, key=lambda t: (t.background, t.sequence))
         self.grant()
         self._tell_positions()
 
@@ -131,7 +137,7 @@ class Place:
     def grant(self) -> None:
         """Give free slots to the head of the queue."""
         moved = False
-        while self.queue and self.state == "ready" and self.client is not None and len(self.leases) < self.spec.slots:
+        while self.queue and self.state == "ready" and self.client is not None and len(self.leases) < self.slots:
             ticket = self.queue.pop(0)
             if ticket.future.done():
                 continue
@@ -156,7 +162,7 @@ class Place:
 
     def estimate(self, position: int) -> float | None:
         """Seconds until the ticket at `position` (1 is the next) starts."""
-        return None if self.average_s is None else self.average_s * position / self.spec.slots
+        return None if self.average_s is None else self.average_s * position / self.slots
 
     def dismiss(self, error: Exception | None = None) -> None:
         """Send everyone in the queue away: with an error, or to look for the model again."""

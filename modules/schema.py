@@ -171,7 +171,8 @@ class ModelFiles:
 
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """What a loaded engine reports. `device_map` maps a device to the share of the weights on it."""
+    """What a loaded engine reports. `device_map` maps a device to the share of the weights on it. `slots` is how many generations
+    it runs at once where that depends on its options; 0: as its loader says."""
 
     name: str
     path: str
@@ -190,6 +191,7 @@ class ModelInfo:
     memory_bytes: int | None = None
     engine: str | None = None
     notes: tuple[str, ...] = ()
+    slots: int = 0
 
 
 @dataclass(frozen=True, slots=True)

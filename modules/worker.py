@@ -42,6 +42,7 @@ class Worker:
         self._jobs: queue.SimpleQueue[Job] = queue.SimpleQueue()
         self._active: dict[str, Iterator[Event | None]] = {}
         self._cancels: dict[str, CancelToken] = {}
+        self._slots = engine.spec.slots
         self._text_calls = ThreadPoolExecutor(1, thread_name_prefix="text")
 
     def run(self) -> None:
@@ -58,7 +59,7 @@ class Worker:
         """The next job; None when generations are active and there is none to start. Waits while all is idle."""
         if not self._active:
             return self._jobs.get()
-        if len(self._active) >= self._engine.spec.slots:
+        if len(self._active) >= self._slots:
             return None
         try:
             return self._jobs.get_nowait()
@@ -149,6 +150,7 @@ class Worker:
             traceback.print_exc()
             self._send_error(LoadError(f"{self._engine.spec.title} could not load the model: {_one_line(error)}."))
         else:
+            self._slots = info.slots or self._engine.spec.slots
             self.send({"type": "loaded", "info": to_wire(info)})
 
     def _fail(self, request_id: str, error: Exception) -> None:
