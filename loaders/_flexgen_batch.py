@@ -21,6 +21,7 @@ from modules.assemble import TokenAssembler
 from modules.detokenize import WindowDetokenizer
 from modules.engine import CancelToken
 from modules.errors import AppError, ContextLengthExceeded, GenerateOutOfMemory, GenerationFailed, InvalidParameter
+from modules.grammar import Grammars
 from modules.samplers import SamplerChain, SequenceBreakers, token_logprob
 from modules.schema import Done, Event, GenerationRequest, ModelInfo, PrefillProgress, Timings, TokenEvent, TokenLogprob, Usage
 
@@ -71,6 +72,7 @@ class Batcher:
         self._model, self.text, self.info = model, text, info
         self._eos_ids = frozenset(info.eos_token_ids)
         self._breakers = SequenceBreakers(info.vocab_size, text.token_text)
+        self._grammars = Grammars(lambda: text.vocabulary(info.vocab_size, self._eos_ids))
         newline = text.encode("\n", add_special=False)[-1:]
         self._protected = frozenset(self._eos_ids | set(newline))
         self._waiting: list[_Row] = []
@@ -122,7 +124,9 @@ class Batcher:
         ids = self.prompt_ids(request)
         decode = self.text.decoder(bool(request.sampling.get("skip_special_tokens", True)))
         room = self.info.context_length - len(ids)
-        row = _Row(request, cancel, ids, TokenAssembler(request, WindowDetokenizer(decode, ids), self._eos_ids, room))
+        constraint = self._grammars.constraint(request)
+        assembler = TokenAssembler(request, WindowDetokenizer(decode, ids), self._eos_ids, room, constraint)
+        row = _Row(request, cancel, ids, assembler)
         row.ignored = ignored
         row.chain = SamplerChain(
             sampler,
@@ -131,6 +135,7 @@ class Batcher:
             eos_ids=row.assembler.end_ids or self._eos_ids,
             breakers=self._breakers,
             protected_ids=self._protected,
+            constraint=constraint,
         )
         self._waiting.append(row)
         self._arrived = time.perf_counter()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from loaders._flexgen_plan import Plan, plan_of
 from modules import sampling as table
 from modules.engine import CancelToken, Engine, Progress
-from modules.errors import CorruptModel, LoadOutOfMemory, StorageFull, UnsupportedParameter
+from modules.errors import CorruptModel, LoadOutOfMemory, StorageFull
 from modules.schema import Event, GenerationRequest, LoaderSpec, LoadProgress, ModelInfo, OptionSpec, Quantization
 
 if TYPE_CHECKING:
@@ -92,7 +92,7 @@ SPEC = LoaderSpec(
         OptionSpec("offload_dir", "path", "", "Folder for what is kept on disk; empty is a temporary one.", advanced=True),
         OptionSpec("threads", "int", 0, "CPU threads; 0 is one per core.", minimum=0, maximum=1024),
     ),
-    features=frozenset({"logprobs", "echo", "score", "embeddings"}),
+    features=frozenset({"logprobs", "echo", "score", "embeddings", "grammar", "json_schema", "regex"}),
     overlay="flexgen",
     probe=("torch", "flexgen", "transformers"),
     slots=16,
@@ -177,13 +177,6 @@ class FlexGenEngine(Engine):
         return self._batcher
 
     def generate(self, request: GenerationRequest, cancel: CancelToken) -> Iterator[Event | None]:
-        for name in ("grammar", "json_schema", "regex"):
-            if getattr(request, name) is not None:
-                raise UnsupportedParameter(
-                    f"{SPEC.title} can't hold an answer to a {name}.",
-                    hint="Use the model's GGUF form with llama.cpp.",
-                    param=name,
-                )
         native = to_native(request.sampling)
         yield from self.batcher.generate(request, cancel, native["sampler"], native["ignored"])
 
@@ -349,4 +342,5 @@ def _describe(
         memory_bytes=in_memory,
         engine=f"flexgen {FlexGenEngine.versions().get('flexgen', '')}, torch {torch_version}",
         notes=tuple(notes),
+        slots=plan.slots,
     )
