@@ -31,12 +31,13 @@ class CallReader:
         self._fresh = True  # nothing but white space so far
         self._closing = ""  # the mark that may still follow the call just read
         self._marks = (dialect.open, *dialect.noise)
+        self._early: list[Item] = []
         if begun_with:
-            self.feed(begun_with)
+            self._early = self.feed(begun_with)
 
     def feed(self, text: str) -> list[Item]:
         self._buffer += text
-        items: list[Item] = []
+        items, self._early = self._early, []
         while self._step(items):
             pass
         return items
@@ -73,7 +74,7 @@ class CallReader:
             return bool(self._buffer)
         if done or wrong:
             self._held, self._body = "", None
-            self._closing = self._dialect.close
+            self._closing = self._dialect.close.lstrip()
             return bool(self._buffer)
         return False
 
@@ -92,17 +93,19 @@ class CallReader:
         if found:
             at, _, mark = min(found)
             before, after = self._buffer[:at], self._buffer[at + len(mark) :]
-            if before.strip() or (before and not self._fresh and mark != dialect.open):
-                items.append(("text", before))
+            # White space before a call is the call's, so it waits until it is certain to be one.
+            space = before[len(before.rstrip()) :] if mark == dialect.open else ""
+            shown = before[: len(before) - len(space)]
+            if shown.strip() or (shown and not self._fresh):
+                items.append(("text", shown))
                 self._fresh = False
             if mark == dialect.open:
-                self._begin(mark, after)
+                self._begin(space + mark, after)
             else:
                 self._buffer = after
             return True
         keep = held_back(self._buffer, self._marks)
         shown = self._buffer[: len(self._buffer) - keep]
-        # White space right before a call is the call's, so it waits for what follows.
         trailing = len(shown) - len(shown.rstrip())
         shown = shown[: len(shown) - trailing]
         if shown:
