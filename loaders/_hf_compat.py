@@ -28,7 +28,9 @@ def major() -> int:
 def config_for_4(config: Mapping[str, Any]) -> dict[str, Any]:
     """A config.json in the names of transformers 4; what it holds already stays. Raises ValueError for rope settings per kind
     of layer, which transformers 4 has no one name for."""
-    changed = {key: config_for_4(item) if isinstance(item, Mapping) and key == "text_config" else item for key, item in config.items()}
+    changed = dict(config)
+    if isinstance(changed.get("text_config"), Mapping):
+        changed["text_config"] = config_for_4(changed["text_config"])
     if "dtype" in changed:
         changed.setdefault("torch_dtype", changed.pop("dtype"))
     rope = changed.pop("rope_parameters", None)
@@ -77,15 +79,21 @@ def read_tokenizer(folder: Path) -> Any:
 # --- the KV cache ----------------------------------------------------------------------------------------------
 
 
-def new_cache(config: Any) -> Any:
+def new_cache(model: Any) -> Any:
+    """An empty KV cache for `model`: its own kind where it has one (ExLlama), else transformers'."""
+    own = getattr(model, "new_cache", None)
+    if own is not None:
+        return own()
     from transformers import DynamicCache
 
-    return DynamicCache(config=config) if major() >= 5 else DynamicCache()
+    return DynamicCache(config=model.config) if major() >= 5 else DynamicCache()
 
 
 def can_crop(cache: Any) -> bool:
     """Whether the end of the cache can be cut off: recurrent layers can't go back, and a sliding window that has moved on
     has lost what it would need. transformers 4 keeps all positions of every layer."""
+    if hasattr(cache, "croppable"):
+        return bool(cache.croppable)
     return major() < 5 or all(getattr(layer, "is_croppable", False) for layer in cache.layers)
 
 

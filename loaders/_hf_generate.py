@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from loaders import _hf_compat
 from loaders._hf_load import Loaded, is_out_of_memory
 from loaders._process import peak_memory
 from modules.assemble import TokenAssembler
@@ -25,8 +27,8 @@ _SHORTER = "Shorten the prompt, or load the model with a larger context."
 class PrefixCache:
     """The KV cache of the last request and the ids it holds, so that the next turn computes only what is new."""
 
-    def __init__(self, config: Any) -> None:
-        self._config = config
+    def __init__(self, model: Any) -> None:
+        self._model = model
         self.cache: Any = None
         self.ids: list[int] = []
 
@@ -47,8 +49,7 @@ class PrefixCache:
     def _crop(self, length: int) -> bool:
         surplus = len(self.ids) - length
         if surplus:
-            # Recurrent layers can't go back, and a sliding window that has moved on has lost what it would need.
-            if not all(getattr(layer, "is_croppable", False) for layer in self.cache.layers):
+            if not _hf_compat.can_crop(self.cache):
                 return False
             try:
                 self.cache.crop(-surplus)
@@ -59,9 +60,7 @@ class PrefixCache:
         return True
 
     def reset(self) -> None:
-        from transformers import DynamicCache
-
-        self.cache = DynamicCache(config=self._config)
+        self.cache = _hf_compat.new_cache(self._model)
         self.ids = []
 
 
@@ -79,7 +78,10 @@ class HfRunner:
         self.info = loaded.info
         self._eos_ids = loaded.eos_ids
         self._chunk = prefill_chunk
-        self._prefix = PrefixCache(loaded.model.config)
+        self._prefix: Any = self._new_prefix(loaded)
+        # Some models of transformers 4 compute every position's logits; what is not asked for is left aside.
+        forward = getattr(loaded.model, "forward", None)
+        self._keeps = forward is not None and "logits_to_keep" in inspect.signature(forward).parameters
         self._breakers = SequenceBreakers(self.info.vocab_size, self.text.token_text)
         self._grammars = Grammars(lambda: self.text.vocabulary(self.info.vocab_size, loaded.eos_ids))
         newline = self.text.encode("\n", add_special=False)[-1:]
@@ -91,6 +93,10 @@ class HfRunner:
                 raise LoadOutOfMemory("The memory is too small to run this model.", hint="Choose a smaller one.") from error
             raise
         self._prefix.reset()
+
+    def _new_prefix(self, loaded: Loaded) -> Any:
+        """What remembers the text that has been read; `loaders._rwkv_run` has another kind."""
+        return PrefixCache(loaded.model)
 
     def _prompt_of_one(self) -> list[int]:
         return [self.text.bos_id if self.text.bos_id is not None else min(self._eos_ids, default=0)]
@@ -177,7 +183,8 @@ class HfRunner:
             prefix.reset()
         with torch.inference_mode():
             tokens = torch.tensor([ids]) if self._on_cpu else torch.tensor([ids], device=self._device)
-            output = self._model(input_ids=tokens, past_key_values=prefix.cache, use_cache=True, logits_to_keep=keep)
+            fewer = {"logits_to_keep": keep} if self._keeps else {}
+            output = self._model(input_ids=tokens, past_key_values=prefix.cache, use_cache=True, **fewer)
             prefix.ids.extend(ids)
             logits = output.logits[0]
             return logits[-1] if keep == 1 else logits[-keep:]
@@ -304,7 +311,7 @@ class HfRunner:
 
     def _score_beside(self, ids: list[int]) -> list[float]:
         """`score` with the generation's cache put aside."""
-        kept, self._prefix = self._prefix, PrefixCache(self._model.config)
+        kept, self._prefix = self._prefix, PrefixCache(self._model)
         try:
             return self.score(ids)
         finally:
@@ -320,7 +327,7 @@ class HfRunner:
         try:
             with torch.inference_mode():
                 tokens = torch.tensor([list(token_ids)], device=self._device)
-                states = self._model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state[0].float()
+                states = _hf_compat.decoder_of(self._model)(input_ids=tokens, use_cache=False).last_hidden_state[0].float()
                 return list(torch.nn.functional.normalize(states.mean(dim=0), dim=0).tolist())
         except Exception as error:
             self._raise_typed(error)
@@ -335,7 +342,7 @@ class HfRunner:
 
     def _peak_memory(self) -> int | None:
         torch = self._torch
-        if not self._on_cpu and torch.cuda.is_available():
+        if any(name.startswith("cuda") for name in self.info.device_map):
             return int(sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())))
         return peak_memory()
 

@@ -301,7 +301,7 @@ def _with_adapters(model: Any, options: dict[str, Any], progress: Progress) -> t
             raise
         except Exception as error:
             raise IncompatibleModel(
-                f"The adapter {folder.name} does not fit this model: {_one_line(error)}.",
+                f"The adapter {folder.name} does not fit this model: {one_line(error)}.",
                 hint="An adapter works with the base model it was trained on.",
             ) from error
     for module in model.modules():
@@ -429,7 +429,7 @@ class _typed_errors:
 
 def typed(error: Exception, config: dict[str, Any], what: str) -> AppError:
     """The typed form of a loading failure; `what` begins the sentence for content that makes the library stumble."""
-    text = _one_line(error)
+    text = one_line(error)
     kind = type(error).__name__
     if is_out_of_memory(error):
         return LoadOutOfMemory("The memory is too small for this model.", hint=_SMALLER)
@@ -464,5 +464,6 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """What an exception says, in one line of bounded length."""
     return (" ".join(str(error).split()) or type(error).__name__)[:400].rstrip(".")

@@ -1,0 +1,77 @@
+"""AutoGPTQ: GPTQ checkpoints through the auto-gptq package, or through GPTQModel, its successor, where auto-gptq has no wheel.
+
+The package builds the model and reads the checkpoint; its packed layers are then replaced by this product's kernels, because
+its own CPU kernel dequantises every layer for every token. `kernel=package` keeps the package's.
+
+This module is the spec and the thin engine; `_autogptq_load` is the loading, `_autogptq_package` all that is particular to
+auto-gptq, `_autogptq_successor` to GPTQModel. `_hf_generate` runs the model.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from loaders import gptq_for_llama
+from loaders import transformers as hf
+from modules.schema import LoaderSpec, ModelInfo, OptionSpec
+
+if TYPE_CHECKING:
+    from modules.engine import Progress
+
+PACKAGES = ("auto-gptq", "gptqmodel")
+PACKAGE_KERNEL = "package"
+
+
+def _kernel_option() -> OptionSpec:
+    ours = gptq_for_llama.SPEC.option("kernel")
+    assert ours is not None
+    return OptionSpec(
+        ours.name,
+        ours.kind,
+        ours.default,
+        f"{ours.help} package: the package's own kernel (a token or less per second on a CPU).",
+        choices=(*ours.choices, PACKAGE_KERNEL),
+    )
+
+
+SPEC = LoaderSpec(
+    name="autogptq",
+    title="AutoGPTQ",
+    engine="loaders.autogptq:AutoGptqEngine",
+    summary="GPTQ checkpoints through the auto-gptq package (GPTQModel where it has no wheel), on this product's kernels.",
+    formats={"gptq": 60},
+    samplers=hf.SPEC.samplers,
+    options=tuple(_kernel_option() if option.name == "kernel" else option for option in gptq_for_llama.SPEC.options),
+    features=gptq_for_llama.SPEC.features,
+    overlay="autogptq",
+    probe=("torch", "transformers", "accelerate", "auto_gptq|gptqmodel"),
+    devices=("cpu", "cuda"),
+    notes=(
+        "auto-gptq has wheels for Python 3.10 and 3.11 on Linux and Windows (x86-64); elsewhere GPTQModel runs, and the loaded "
+        "model's details say so.",
+        "Pickled checkpoints (.pt) are refused; get them as .safetensors.",
+    ),
+)
+
+
+class AutoGptqEngine(hf.TransformersEngine):
+    spec = SPEC
+
+    @classmethod
+    def versions(cls) -> dict[str, str]:
+        found = {}
+        for package in (*PACKAGES, "transformers", "torch"):
+            try:
+                found[package] = metadata.version(package)
+            except metadata.PackageNotFoundError:
+                continue
+        return found
+
+    def load(self, path: str, options: dict[str, Any], progress: Progress) -> ModelInfo:
+        from loaders._autogptq_load import load
+        from loaders._hf_generate import HfRunner
+
+        loaded = load(path, options, progress)
+        self._runner = HfRunner(loaded, prefill_chunk=options["prefill_chunk"])
+        return loaded.info
