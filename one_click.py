@@ -192,10 +192,24 @@ class Launch:
         unknown = [name for name in names if name not in env_specs(ROOT)]
         if unknown:
             raise SetupError(f"There is no environment {unknown[0]!r}: {', '.join(env_specs(ROOT))} are known.")
-        chosen = names or everything
+        for name in names:
+            problem = env_specs(ROOT)[name].problem()
+            if problem:
+                raise SetupError(f"{env_specs(ROOT)[name].title} {problem}")
+        chosen = names or self._usable(everything, console)
         self.install(chosen, console, build_llamacpp="llamacpp" in chosen)
         console.line("Everything asked for is installed.")
         return 0
+
+    @staticmethod
+    def _usable(names: list[str], console: Console) -> list[str]:
+        """The environments that this machine has a use for; what is left out is said."""
+        specs = env_specs(ROOT)
+        for name in names:
+            problem = specs[name].problem()
+            if problem:
+                console.line(f"{specs[name].title} is left out: it {problem}")
+        return [name for name in names if not specs[name].problem()]
 
     def run_script(self, arguments: list[str]) -> int:
         """A script with the tests' environment; only that is set up, what else it needs must be installed."""
@@ -211,7 +225,7 @@ class Launch:
         console = Console(3)
         specs = env_specs(ROOT)
         names = ["parent", "llamacpp", *(name for name in specs if name not in (*FIRST, "tests")), "tests"]
-        self.install(names, console, build_llamacpp=True)
+        self.install(self._usable(names, console), console, build_llamacpp=True)
         python = str(env_python(self.overlays.env_dir("tests")))
         env = {**pip_env(), "SWITCHYARD_SET": str(self.overlays.set_dir)}
         status = 0

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 # What each loader that is still to come needs. A row goes when loaders/NAME.py lands.
 LATER = {
-    "autogptq": "an environment with auto-gptq 0.7.1 (Python 3.11 or older) or GPTQModel",
-    "exllama": "an NVIDIA GPU with CUDA, and exllamav2 or exllamav3 compiled for it",
     "rwkv": "an environment with rwkv",
     "flexgen": "an environment with flexgen",
     "remote": "the address of an OpenAI-compatible server",
@@ -100,12 +98,12 @@ def check(name: str, spec: LoaderSpec | None, overlays: Overlays, config: Config
         return row
     status = overlays.status(spec)
     row.installed = status.installed
-    if not status.installed:
-        row.fix = status.fix
-    else:
-        _check_import(row, spec, overlays)
     device = device_problem(spec)
     row.device_ok = device is None
+    if status.installed:
+        _check_import(row, spec, overlays)
+    else:  # no use in installing what this machine can't run
+        row.fix = device or status.fix
     row.fix = row.fix or device or ""
     if row.importable and row.device_ok:
         _check_smoke(row, spec, overlays, config)

@@ -98,6 +98,10 @@ class InstallManager:
             raise InstallFailed(f"These environments are not managed by {start_script()}.", hint="Unset SWITCHYARD_SET.")
         if overlay != BUILD_TARGET and overlay not in env_specs(self._overlays.root):
             raise InstallFailed(f"There is nothing to install for {overlay!r} yet.")
+        spec = env_specs(self._overlays.root).get(overlay)
+        problem = spec.problem() if spec else None
+        if spec and problem:
+            raise InstallFailed(f"{spec.title} {problem}")
         job = self._jobs.get(overlay)
         if job is None or job.state in ("done", "failed"):
             self._forget_stop(overlay)

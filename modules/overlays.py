@@ -6,7 +6,8 @@
 
 An environment is described by its requirements file alone: `requirements.txt` (parent), `tests/requirements.txt`,
 `loaders/requirements/<env>.txt`. A `# on: NAME` line there puts it on a lower layer, whose site-packages one relative
-`.pth` line joins, so a set may be moved with its folder and pip still sees the layer's packages as installed.
+`.pth` line joins, so a set may be moved with its folder and pip still sees the layer's packages as installed. `# needs: cuda`
+leaves it out on machines without an NVIDIA GPU.
 
 Standard library only: one_click.py uses this before anything is installed.
 """
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 
 MARKER = ".switchyard.json"
 LAYER_FILE = "_layer.pth"
-_HEADER = re.compile(r"#\s*(on|title|size-mb)\s*:\s*(.+)")
+NO_CUDA = "needs an NVIDIA GPU with CUDA; none was found here."
+_HEADER = re.compile(r"#\s*(on|title|size-mb|needs)\s*:\s*(.+)")
 _SECRET = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY|_PASS$", re.IGNORECASE)
 _DROPPED = frozenset(
     """PYTHONPATH PYTHONHOME PYTHONSTARTUP PYTHONDONTWRITEBYTECODE PYTHONINSPECT PYTHONWARNINGS VIRTUAL_ENV PIP_REQUIRE_VIRTUALENV
@@ -45,13 +47,19 @@ Progress = Callable[[str, "float | None", str], None]
 
 @dataclass(frozen=True)
 class EnvSpec:
-    """One environment, as its requirements file describes it. `on` is the layer below, `size_mb` its rough size."""
+    """One environment, as its requirements file describes it. `on` is the layer below, `size_mb` its rough size, `needs` "cuda"
+    or nothing."""
 
     name: str
     requirements: Path
     title: str
     on: str | None = None
     size_mb: int = 300
+    needs: str | None = None
+
+    def problem(self) -> str | None:
+        """Why this environment is of no use on this machine, to follow its title: "needs ..."; None when it is."""
+        return NO_CUDA if self.needs == "cuda" and not nvidia_present() else None
 
 
 def env_specs(root: Path) -> dict[str, EnvSpec]:
@@ -67,7 +75,7 @@ def _read_spec(name: str, path: Path) -> EnvSpec:
         match = _HEADER.match(line)
         if match:
             found[match[1]] = match[2].strip()
-    return EnvSpec(name, path, found.get("title", name), found.get("on"), int(found.get("size-mb", "300")))
+    return EnvSpec(name, path, found.get("title", name), found.get("on"), int(found.get("size-mb", "300")), found.get("needs"))
 
 
 # --- paths -----------------------------------------------------------------------------------------------------
@@ -229,7 +237,7 @@ class Overlays:
     def unavailable(self, spec: LoaderSpec) -> str | None:
         """Why this loader can't run here now, with the fix, in one line; None when it can."""
         if spec.needs_cuda and not nvidia_present():
-            return "needs an NVIDIA GPU with CUDA; none was found here."
+            return NO_CUDA
         return self.status(spec).reason
 
     def worker_env(self, overlay: str | None) -> dict[str, str]:

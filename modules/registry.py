@@ -91,6 +91,14 @@ def select(files: ModelFiles, specs: Iterable[LoaderSpec], environment: Environm
     return best.spec
 
 
+def _refusal(files: ModelFiles, spec: LoaderSpec) -> str | None:
+    """Why a loader that takes the format does not take this model: its module's `refusal(files)`, where it has one."""
+    module = sys.modules.get(spec.engine.partition(":")[0])
+    refusal = getattr(module, "refusal", None)
+    reason: str | None = refusal(files) if refusal else None
+    return reason
+
+
 FORMAT_NAMES = {
     "hf": "a safetensors folder",
     "gguf": "a GGUF file",
@@ -113,6 +121,9 @@ def _judge(files: ModelFiles, spec: LoaderSpec, environment: Environment) -> Cho
         return Choice(spec, False, f"needs {takes}; this is {FORMAT_NAMES[files.format]}.")
     if files.problem:
         return Choice(spec, False, files.problem)
+    refused = _refusal(files, spec)
+    if refused:
+        return Choice(spec, False, refused)
     if not any(sys.platform.startswith(p) for p in spec.platforms):
         return Choice(spec, False, f"does not run on {sys.platform}.")
     missing = environment.unavailable(spec)

@@ -80,6 +80,7 @@ def _gptq(name: str, **settings: Any) -> Callable[[], Path | None]:
 
 _STORIES = "the data folder ../shared (stories260K)"
 _WREN = "the bundled model"
+_WREN_GPTQ = "the bundled GPTQ model"
 
 ROWS = (
     Row("echo", "echo", lambda: "echo", byte_exact=True),
@@ -132,6 +133,8 @@ ROWS = (
         {"kernel": "int4", "threads": 1},
         _WREN,
     ),
+    Row("autogptq-wren", "autogptq", _bundled("wren-6m-gptq-4bit-128g"), {"threads": 1}, _WREN_GPTQ),
+    Row("exllama-wren", "exllama", _bundled("wren-6m-gptq-4bit-128g"), {}, _WREN_GPTQ),
     Row(
         "xllamacpp_server-stories",
         "llamacpp",

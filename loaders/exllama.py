@@ -1,0 +1,170 @@
+"""ExLlama: 4-bit GPTQ and EXL2 checkpoints through exllamav2, EXL3 through exllamav3. CUDA only: both compile CUDA kernels.
+
+This module is the spec, what it refuses, and the thin engine. `_exllama_load` reads the model and maps the options,
+`_exllama_nets` puts both packages behind one forward call, and `_hf_generate` runs it: so samplers, stop rules, the prefix
+cache and scores are the same as everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from loaders import transformers as hf
+from modules import sampling as table
+from modules.engine import CancelToken, Engine, Progress
+from modules.schema import Event, GenerationRequest, LoaderSpec, ModelFiles, ModelInfo, OptionSpec
+
+if TYPE_CHECKING:
+    from loaders._hf_generate import HfRunner
+
+CACHE_TYPES = ("fp16", "q8", "q6", "q4")
+_BEAMS = frozenset({"num_beams", "length_penalty", "early_stopping"})
+
+SPEC = LoaderSpec(
+    name="exllama",
+    title="ExLlama",
+    engine="loaders.exllama:ExllamaEngine",
+    summary="4-bit GPTQ and EXL2 checkpoints through exllamav2, EXL3 through exllamav3, on NVIDIA GPUs.",
+    formats={"exl3": 100, "exl2": 100, "gptq": 95},
+    samplers=hf.SPEC.samplers - _BEAMS,
+    options=(
+        OptionSpec(
+            "ctx_size",
+            "int",
+            0,
+            "Context length in tokens; 0 is the model's own.",
+            minimum=0,
+            maximum=10_000_000,
+            aliases=("n_ctx", "max_seq_len", "context_length"),
+        ),
+        OptionSpec(
+            "cache_type",
+            "choice",
+            "fp16",
+            "Number format of the KV cache; q8, q6 and q4 take 1/2, 3/8 and 1/4 of fp16's memory.",
+            choices=CACHE_TYPES,
+            aliases=("cache-type",),
+        ),
+        OptionSpec(
+            "gpu_split",
+            "str",
+            "",
+            "GiB to use on each GPU, separated by commas: 20,7. Empty: filled one after the other.",
+            aliases=("gpu-split",),
+        ),
+        OptionSpec(
+            "tensor_parallel",
+            "bool",
+            False,
+            "Every GPU computes a part of each layer.",
+            aliases=("enable_tp", "enable-tp"),
+        ),
+        OptionSpec(
+            "alpha_value",
+            "float",
+            1.0,
+            "NTK factor for contexts beyond the trained one (exllamav2).",
+            minimum=1.0,
+            maximum=1000.0,
+            advanced=True,
+        ),
+        OptionSpec(
+            "compress_pos_emb",
+            "float",
+            1.0,
+            "Divisor of the positions, for models trained with it (exllamav2).",
+            minimum=1.0,
+            maximum=1000.0,
+            advanced=True,
+        ),
+        OptionSpec(
+            "num_experts_per_token",
+            "int",
+            0,
+            "Experts a mixture model asks for each token; 0 is the model's own (exllamav2).",
+            minimum=0,
+            maximum=1024,
+            advanced=True,
+        ),
+        OptionSpec("no_flash_attn", "bool", False, "Do without flash-attention (exllamav2).", advanced=True),
+        OptionSpec("no_xformers", "bool", False, "Do without xformers (exllamav2).", advanced=True),
+        OptionSpec("no_sdpa", "bool", False, "Do without torch's attention kernel (exllamav2).", advanced=True),
+        OptionSpec("lora", "paths", (), "LoRA adapters (PEFT folders)."),
+        OptionSpec(
+            "lora_weights", "str", "", "One weight per adapter, separated by commas: 1,0.5. Empty: 1 each.", advanced=True
+        ),
+        OptionSpec("prefill_chunk", "int", 2048, "Tokens per step of the prefill.", minimum=16, maximum=65_536, advanced=True),
+    ),
+    features=frozenset({"logprobs", "echo", "lora", "score", "grammar", "json_schema", "regex"}),
+    overlay="exllama",
+    probe=("torch", "tokenizers", "exllamav2|exllamav3"),
+    platforms=("linux", "win32"),
+    devices=("cuda",),
+    needs_cuda=True,
+    notes=("The first load compiles the CUDA kernels (minutes): it needs the CUDA toolkit (nvcc) and a C++ compiler.",),
+)
+
+
+def refusal(files: ModelFiles) -> str | None:
+    """Why this loader does not take a model of a format that it takes in general, in one line."""
+    quantization = files.quantization
+    if files.format == "gptq" and quantization and quantization.bits not in (None, 4):
+        return f"takes GPTQ of 4 bits; this has {quantization.bits:g}. GPTQ-for-LLaMA takes 2, 3, 4 and 8."
+    return None
+
+
+def to_native(sampling: dict[str, Any]) -> dict[str, Any]:
+    """Sampling parameters as this loader runs them: {"sampler": for SamplerChain, "ignored": parameter -> reason}."""
+    honoured, ignored = table.split_supported(sampling, SPEC.samplers, SPEC.title)
+    return {"sampler": honoured, "ignored": ignored}
+
+
+class ExllamaEngine(Engine):
+    spec = SPEC
+
+    def __init__(self) -> None:
+        self._runner: HfRunner | None = None
+
+    @classmethod
+    def versions(cls) -> dict[str, str]:
+        found = {}
+        for package in ("exllamav2", "exllamav3", "torch"):
+            try:
+                found[package] = metadata.version(package)
+            except metadata.PackageNotFoundError:
+                continue
+        return found
+
+    def load(self, path: str, options: dict[str, Any], progress: Progress) -> ModelInfo:
+        from loaders._exllama_load import load
+        from loaders._hf_generate import HfRunner
+
+        loaded = load(path, options, progress)
+        self._runner = HfRunner(loaded, prefill_chunk=options["prefill_chunk"])
+        return loaded.info
+
+    @property
+    def runner(self) -> HfRunner:
+        assert self._runner is not None, "load comes first"
+        return self._runner
+
+    def generate(self, request: GenerationRequest, cancel: CancelToken) -> Iterator[Event | None]:
+        native = to_native(request.sampling)
+        yield from self.runner.generate(request, cancel, native["sampler"], native["ignored"])
+
+    def encode(self, text: str, add_special: bool) -> list[int]:
+        return self.runner.text.encode(text, add_special)
+
+    def decode(self, token_ids: Sequence[int], skip_special: bool = True) -> str:
+        return self.runner.text.decode(token_ids, skip_special)
+
+    def token_text(self, token_id: int) -> str:
+        return self.runner.text.token_text(token_id)
+
+    def score(self, token_ids: Sequence[int]) -> list[float]:
+        return self.runner.score(token_ids)
+
+    def memory_bytes(self) -> int | None:
+        return self.runner.device_memory() if self._runner else None
