@@ -127,8 +127,10 @@ def state_of(run: dict[str, Any], row: dict[str, Any]) -> str:
 
 
 def _bits(value: float | None) -> float | int | str | None:
-    """4, and "4.5" as it is: a column of whole numbers with a few mixed ones among them."""
-    return value if value is None or value == int(value) else f"{value:.2f}"
+    """4, and "4.5" for a mixed format: a column of whole numbers with a few others among them."""
+    if value is None:
+        return None
+    return int(value) if abs(value - round(value)) < 0.05 else f"{value:.1f}"
 
 
 def _mega(value: int | None) -> float | None:

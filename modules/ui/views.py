@@ -11,7 +11,7 @@ from typing import Any
 import gradio as gr
 
 
-def _view(css_class: str, module: str, elem_id: str, *events: str) -> Any:
+def view(css_class: str, module: str, elem_id: str, *events: str) -> Any:
     """A component that `static/js/MODULE.js` mounts. Gradio offers as events the names in quotes in its script."""
     names = ", ".join(f"'{name}'" for name in events)
     script = (
@@ -25,19 +25,19 @@ def _view(css_class: str, module: str, elem_id: str, *events: str) -> Any:
 
 def shell_view() -> Any:
     """The top bar. Its events `models_changed` and `settings_changed` ask Python to fill the controls again."""
-    return _view("sy-topbar", "shell", "sy-shell", "models_changed", "settings_changed")
+    return view("sy-topbar", "shell", "sy-shell", "models_changed", "settings_changed")
 
 
 def chat_view() -> Any:
     """The chat. It speaks to /ui-api itself: no token goes through Gradio."""
-    return _view("sy-chat", "chatview", "sy-chat-view")
+    return view("sy-chat", "chatview", "sy-chat-view")
 
 
 def models_view() -> Any:
     """What is loaded and what can be loaded."""
-    return _view("sy-models", "modelspage", "sy-models-view")
+    return view("sy-models", "modelspage", "sy-models-view")
 
 
 def backends_view() -> Any:
     """Which backends are there, and what the others lack."""
-    return _view("sy-backends", "backends", "sy-backends-view")
+    return view("sy-backends", "backends", "sy-backends-view")

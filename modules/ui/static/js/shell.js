@@ -1,7 +1,7 @@
 // The frame around Gradio's pages: top bar, page switch, model state, parameter panel, install progress.
 
 import { on, post } from './api.js';
-import { openDialog } from './dialog.js';
+import { openDialog, openMenu } from './dialog.js';
 import { bytes, h, isPhone, local } from './dom.js';
 import { icon, logo } from './icons.js';
 import { activeResident, loaderTitle, loadingResident, loadModel, modelName, models, unloadModel, watchModels } from './models.js';
@@ -10,7 +10,8 @@ import { deletePreset, loadPreset, neutral, savePreset, saveParameter, saveSetti
 import { setTheme, theme, THEMES, watchTheme } from './theme.js';
 import { fail, toast } from './toast.js';
 
-const PAGES = [['chat', 'Chat', 'chat'], ['models', 'Models', 'cube'], ['settings', 'Settings', 'gear']];
+// Page, words, icon; on a phone the tools are behind one button.
+const PAGES = [['chat', 'Chat', 'chat'], ['models', 'Models', 'cube'], ['quantize', 'Quantise', 'layers', 'tool'], ['evaluate', 'Evaluate', 'gauge', 'tool'], ['settings', 'Settings', 'gear']];
 
 class Shell {
   constructor(root, trigger) {
@@ -20,8 +21,8 @@ class Shell {
     this.name = h('span', { class: 'sy-state-name', dir: 'auto' });
     this.state = h('button', { type: 'button', class: 'sy-state', 'data-testid': 'model-state', onclick: () => this.#stateClicked() }, this.lamp, this.name, this.words, icon('chevron', 16));
     this.progress = h('div', { class: 'sy-load-progress', role: 'progressbar', 'aria-label': 'Loading the model', hidden: true }, h('div'));
-    this.nav = h('nav', { class: 'sy-nav', 'aria-label': 'Pages' }, PAGES.map(([page, label, symbol]) =>
-      h('button', { type: 'button', 'data-page': page, 'data-testid': `page-${page}`, onclick: () => this.page(page) }, icon(symbol, 18), h('span', {}, label))));
+    this.nav = h('nav', { class: 'sy-nav', 'aria-label': 'Pages' }, [...PAGES.map(([page, label, symbol, tool]) =>
+      h('button', { type: 'button', 'data-page': page, 'data-tool': tool, title: label, 'data-testid': `page-${page}`, onclick: () => this.page(page) }, icon(symbol, 18), h('span', {}, label))), this.#toolsButton()]);
     this.themeButton = h('button', { type: 'button', class: 'sy-icon-button', 'data-testid': 'theme', onclick: () => this.#nextTheme() });
     this.paramsButton = h('button', { type: 'button', class: 'sy-icon-button sy-params-button', 'aria-label': 'Parameters', title: 'Parameters (Alt+P)', 'data-testid': 'parameters', 'aria-expanded': 'false', onclick: () => this.params() }, icon('sliders', 20));
     root.replaceChildren(
@@ -34,6 +35,7 @@ class Shell {
       this.themeButton,
       this.progress,
     );
+    new ResizeObserver(() => root.closest('body').style.setProperty('--sy-nav-end', `${Math.round(this.nav.getBoundingClientRect().right)}px`)).observe(this.nav);
     this.installs = new InstallBar();
     document.querySelector('#sy-shell').after(this.installs.element);
     this.offline = h('div', { class: 'sy-offline', role: 'alert', hidden: true }, icon('warning', 18), 'The server does not answer. What you type is kept; this page reconnects by itself.');
@@ -66,10 +68,19 @@ class Shell {
   page(name, press = true) {
     if (press) document.querySelector(`#sy-page-${name}-button`)?.click();
     document.body.dataset.syPage = name;
+    const isTool = PAGES.some(([page, , , tool]) => tool && page === name);
     for (const button of this.nav.children) {
-      if (button.dataset.page === name) button.setAttribute('aria-current', 'page');
+      if (button.dataset.page === name || (isTool && !button.dataset.page)) button.setAttribute('aria-current', 'page');
       else button.removeAttribute('aria-current');
     }
+  }
+
+  /** On a phone: the pages that the bar has no room for. */
+  #toolsButton() {
+    const tools = PAGES.filter(([, , , tool]) => tool);
+    const more = h('button', { type: 'button', class: 'sy-tools', 'aria-label': 'Tools', 'aria-haspopup': 'menu', 'data-testid': 'tools' }, icon('gauge', 18));
+    more.addEventListener('click', () => openMenu(more, tools.map(([page, label, symbol]) => ({ label, icon: symbol, run: () => this.page(page) })), 'Tools'));
+    return more;
   }
 
   #drawer() {
