@@ -19,8 +19,10 @@ from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 
 from modules.ui.access import Access
+from modules.ui.evaluate_tab import evaluate_tab
 from modules.ui.models import ModelBar, load_options_form
 from modules.ui.parameters import ParameterPanel
+from modules.ui.quantize_tab import quantize_tab
 from modules.ui.settings_page import SettingsPage
 from modules.ui.theme import make_theme
 from modules.ui.views import backends_view, chat_view, models_view, shell_view
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 
     from modules.services import Services
 STATIC = Path(__file__).parent / "static"
-STYLES = ("tokens", "shell", "chat", "message", "models", "gradio")
+STYLES = ("tokens", "shell", "chat", "message", "models", "measure", "gradio")
 HEAD = "\n".join(f'<link rel="stylesheet" href="./ui-static/css/{name}.css">' for name in STYLES) + (
     '\n<link rel="icon" type="image/svg+xml" href="./ui-static/icon.svg">'
     '\n<link rel="modulepreload" href="./ui-static/js/chatview.js">'
@@ -78,6 +80,10 @@ def build_blocks(services: Services) -> gr.Blocks:
                 models_view()
                 options = load_options_form(access)
                 backends_view()
+            with gr.Tab("Quantise", id="quantize", elem_id="sy-page-quantize"):
+                quantize_tab()
+            with gr.Tab("Evaluate", id="evaluate", elem_id="sy-page-evaluate"):
+                evaluate_tab()
             with gr.Tab("Settings", id="settings", elem_id="sy-page-settings"):
                 settings = SettingsPage(access)
         panel = ParameterPanel(access)
