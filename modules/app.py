@@ -40,8 +40,10 @@ from modules.api import (
     ui_routes,
 )
 from modules.api.access import AccessControl
+from modules.api.batch_lines import answer_line
 from modules.api.http_protocol import DeadlineProtocol
 from modules.api.middleware import Guard, Hosts
+from modules.batch.jobs import BatchJobs
 from modules.chat.service import ChatService
 from modules.errors import AppError
 from modules.logs import set_up
@@ -106,6 +108,7 @@ def build_app(config: Config, services: Services | None = None) -> FastAPI:
     for protocol in PROTOCOLS:
         app.include_router(protocol.build_router(services))
     services.chat = services.chat or ChatService(services)
+    services.batches = services.batches or BatchJobs(services, config.user_data_dir / "batches", answer_line)
     app.include_router(ui_routes.build_router(services))
     app.include_router(access.build_router())
     app.add_api_route("/docs", _docs, include_in_schema=False, methods=["GET", "HEAD"])

@@ -232,6 +232,7 @@ COMMANDS = {
         Command("quantize", "modules.quantize.cli", "Make a GPTQ checkpoint of a model."),
         Command("evaluate", "modules.evaluate.cli", "Measure models: perplexity, speed, answers side by side, tasks."),
         Command("bench", "modules.evaluate.bench_cli", "Measure tokens per second."),
+        Command("batch", "modules.batch.cli", "Answer a file of requests (OpenAI's batch format)."),
         Command("download", "modules.download", "Download a model."),
     )
 }

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import asyncio
 
+    from modules.batch.jobs import BatchJobs
     from modules.chat.service import ChatService
     from modules.chat.store_sqlite import SqliteChatStore
     from modules.chat.templates import TemplateRenderer
@@ -46,6 +47,7 @@ class Services:
     evaluations: EvaluationJobs
     quantizations: Quantizations
     chat: ChatService = None  # type: ignore[assignment]  # set by modules.app, which it is built from
+    batches: BatchJobs = None  # type: ignore[assignment]  # likewise
     ui_state: Literal["off", "starting", "ready", "failed"] = "off"
     loop: asyncio.AbstractEventLoop | None = None
 

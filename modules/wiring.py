@@ -109,6 +109,8 @@ async def running(services: Services) -> AsyncIterator[None]:
             log.warning("%s", problem)
         if services.chat is not None:
             await services.chat.start([*services.settings.problems, *services.model_settings.problems])
+        if services.batches is not None:
+            await services.batches.start_up()
         services.manager.on_active = lambda resident: _remember(services, resident, background)
         services.manager.watch_idle()
         _keep(background, services.templates.warm())
@@ -121,6 +123,8 @@ async def running(services: Services) -> AsyncIterator[None]:
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)
+        if services.batches is not None:
+            await services.batches.close()
         await end_streams(services)
         if services.chat is not None:
             await services.chat.close()

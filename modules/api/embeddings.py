@@ -61,23 +61,25 @@ def build_router(services: Services) -> APIRouter:
     async def embeddings(request: Request) -> Response:
         """One vector of length 1 for each input."""
         body = parse(EmbeddingsRequest, await read_object(request))
-        inputs = body.inputs()
-        _, warnings = split_extras(body.model_extra or {})
-        made = await vectors_of(services, body.model, inputs, dimensions=body.dimensions)
-        return JSONResponse(
-            {
-                "object": "list",
-                "model": made.model,
-                "data": [
-                    {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format)}
-                    for index, vector in enumerate(made.vectors)
-                ],
-                "usage": {"prompt_tokens": made.tokens, "total_tokens": made.tokens},
-                "warnings": warnings,
-            }
-        )
+        return JSONResponse(await vectors_body(services, body, body.model))
 
     return router
+
+
+async def vectors_body(services: Services, body: EmbeddingsRequest, model: str | None) -> dict[str, Any]:
+    """The answer to a checked body, by `model`."""
+    _, warnings = split_extras(body.model_extra or {})
+    made = await vectors_of(services, model, body.inputs(), dimensions=body.dimensions)
+    return {
+        "object": "list",
+        "model": made.model,
+        "data": [
+            {"object": "embedding", "index": index, "embedding": _encoded(vector, body.encoding_format)}
+            for index, vector in enumerate(made.vectors)
+        ],
+        "usage": {"prompt_tokens": made.tokens, "total_tokens": made.tokens},
+        "warnings": warnings,
+    }
 
 
 @dataclass(frozen=True, slots=True)
