@@ -10,20 +10,22 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from loaders._flexgen_model import FlexModel
-from loaders._hf_text import TextCodec
 from loaders._process import peak_memory
 from modules.assemble import TokenAssembler
 from modules.detokenize import WindowDetokenizer
-from modules.engine import CancelToken
 from modules.errors import AppError, ContextLengthExceeded, GenerateOutOfMemory, GenerationFailed, InvalidParameter
 from modules.grammar import Grammars
 from modules.samplers import SamplerChain, SequenceBreakers, token_logprob
 from modules.schema import Done, Event, GenerationRequest, ModelInfo, PrefillProgress, Timings, TokenEvent, TokenLogprob, Usage
+
+if TYPE_CHECKING:
+    from loaders._flexgen_model import FlexModel
+    from loaders._hf_text import TextCodec
+    from modules.engine import CancelToken
 
 # A block starts when no further request has come for this long: one chat hardly waits, a burst of many gathers.
 GATHER_ONE_S = 0.01
@@ -47,6 +49,12 @@ class _Row:
     @property
     def over(self) -> bool:
         return self.left or self.failure is not None or self.assembler.finish_reason is not None
+
+    @property
+    def takes_largest(self) -> bool:
+        """Whether the largest logit is all there is to its next token."""
+        chain = self.chain
+        return chain is not None and chain.is_argmax and self.request.logprobs is None and self.assembler.may_end
 
     def done(self, peak: int | None) -> Done:
         assembler, now = self.assembler, time.perf_counter()
@@ -118,9 +126,7 @@ class Batcher:
             )
         return ids
 
-    def _admit(
-        self, request: GenerationRequest, cancel: CancelToken, sampler: dict[str, Any], ignored: dict[str, str]
-    ) -> _Row:
+    def _admit(self, request: GenerationRequest, cancel: CancelToken, sampler: dict[str, Any], ignored: dict[str, str]) -> _Row:
         ids = self.prompt_ids(request)
         decode = self.text.decoder(bool(request.sampling.get("skip_special_tokens", True)))
         room = self.info.context_length - len(ids)
@@ -219,9 +225,7 @@ class Batcher:
         """One token for each sequence of a GPU batch; the rows that are over, and those that fill it up, get token 0."""
         ids = [0] * len(logits)
         live = [(at, row) for at, row in enumerate(rows) if not row.over]
-        plain = all(
-            row.chain is not None and row.chain.is_argmax and row.request.logprobs is None and row.assembler.may_end for _, row in live
-        )
+        plain = all(row.takes_largest for _, row in live)
         if plain and not bool(logits.isnan().any()):
             likeliest = logits.argmax(dim=-1).tolist()
             for at, row in live:
@@ -343,4 +347,3 @@ class Batcher:
         traceback.print_exception(error)
         print("flexgen: the block was given up", file=sys.stderr)
         return GenerationFailed(f"FlexGen failed: {text[:300] or type(error).__name__}.", hint="Try again.")
-

@@ -17,11 +17,10 @@ import contextlib
 import errno
 import hashlib
 import os
-import queue
 import types
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -30,6 +29,9 @@ from flexgen import compression, flex_opt
 from flexgen import pytorch_backend as backend
 
 from modules.errors import BackendUnavailable, StorageFull
+
+if TYPE_CHECKING:
+    import queue
 
 # Function -> the first 16 digits of the SHA-256 of its source text in flexgen 0.1.8.
 FINGERPRINTS = {
@@ -170,10 +172,10 @@ class HostDevice(backend.TorchDevice):
         return super().allocate(shape, np.float32 if dtype == np.float16 else dtype, pin_memory, name)
 
     def mha(
-        self, inputs: Any, attention_mask: Any, w_q: Any, b_q: Any, w_k: Any, b_k: Any, w_v: Any, b_v: Any, w_out: Any, b_out: Any,
-        w_ln: Any, b_ln: Any, n_head: int, donate: list[bool], compress_cache: bool, comp_config: Any,
+        self, inputs: Any, attention_mask: Any, w_q: Any, b_q: Any, w_k: Any, b_k: Any, w_v: Any, b_v: Any, w_out: Any,
+        b_out: Any, w_ln: Any, b_ln: Any, n_head: int, donate: list[bool], compress_cache: bool, comp_config: Any,
     ) -> Any:  # fmt: skip
-        """The prefill's attention: [batch, tokens, hidden] -> the same, and the new keys and values [tokens, batch × heads, dim]."""
+        """The prefill's attention: [batch, tokens, hidden] -> the same, and new keys and values [tokens, batch × heads, dim]."""
         x = inputs.data
         batch, tokens, hidden = x.shape
         q, k, v = self._project(x, (w_q, w_k, w_v), (b_q, b_k, b_v), w_ln, b_ln, n_head)
@@ -189,8 +191,8 @@ class HostDevice(backend.TorchDevice):
         return out, cached(k), cached(v)
 
     def mha_gen(
-        self, inputs: Any, attention_mask: Any, w_q: Any, b_q: Any, w_k: Any, b_k: Any, w_v: Any, b_v: Any, w_out: Any, b_out: Any,
-        w_ln: Any, b_ln: Any, n_head: int, k_cache: Any, v_cache: Any, donate: list[bool], attn_sparsity: float,
+        self, inputs: Any, attention_mask: Any, w_q: Any, b_q: Any, w_k: Any, b_k: Any, w_v: Any, b_v: Any, w_out: Any,
+        b_out: Any, w_ln: Any, b_ln: Any, n_head: int, k_cache: Any, v_cache: Any, donate: list[bool], attn_sparsity: float,
         compress_cache: bool, comp_config: Any,
     ) -> Any:  # fmt: skip
         """One decoding step's attention over the cache [tokens, batch × heads, dim]."""
@@ -250,7 +252,7 @@ def _map(tensor: Any, indices: Any) -> Any:
 
 
 def _read_whole(path: str, target: Any) -> bool:
-    """Read an array's file into a contiguous float tensor of its shape, a few MiB at a time: pages of a mapped file would count as
+    """Read an array's file into a contiguous tensor of its shape, a few MiB at a time: pages of a mapped file would count as
     this process's memory. False where the file's layout does not allow it."""
     with open(path, "rb") as file:
         version = np.lib.format.read_magic(file)
@@ -349,6 +351,14 @@ def _move(self: Any, target: Any) -> Any:
     return moved
 
 
+_package_indices = compression.get_compressed_indices
+
+
+def _compressed_indices(tensor: Any, indices: Any, shape: Any) -> Any:
+    """The package's, as tuples: torch takes a list of slices for something else."""
+    return tuple(tuple(part) for part in _package_indices(tensor, indices, shape))
+
+
 class Disk(backend.TorchDisk):
     """The offload folder. Space is reserved when a tensor is made: writing to a mapped file on a full disk would end the process
     with SIGBUS."""
@@ -379,6 +389,7 @@ def adapt(weights: Any, largest: int, cuda: bool, on_tensor: Callable[[], None])
     backend.TorchTensor.load_from_np_file = _load_from_file(weights, on_tensor)
     backend.TorchTensor.move = _move
     backend.map_to_torch_tensor = _map
+    compression.get_compressed_indices = _compressed_indices
     if cuda:
         backend.GB = largest  # of the relay buffer: elements
         return errors

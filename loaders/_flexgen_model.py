@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,8 +23,10 @@ from flexgen.opt_config import OptConfig
 from flexgen.utils import ExecutionEnv, Task, ValueHolder, array_2d
 
 from loaders._flexgen_device import CopyErrors, Disk, HostDevice, plain
-from loaders._flexgen_plan import Plan
-from modules.detect.opt import OptShape
+
+if TYPE_CHECKING:
+    from loaders._flexgen_plan import Plan
+    from modules.detect.opt import OptShape
 
 ALLOTMENT = 128  # tokens of cache a block gets at a time beyond its prompts
 _GROUP = 64
@@ -154,7 +156,8 @@ class FlexModel(flex_opt.OptLM):
                     yield None
 
     def states(self, ids: Sequence[int], use: Callable[[Any, Any], None]) -> None:
-        """One forward pass over `ids`; `use` gets the last norm's output [1, tokens, hidden] and the embedding [vocabulary, hidden].
+        """One forward pass over `ids`; `use` gets the last norm's output [1, tokens, hidden] and the embedding
+        [vocabulary, hidden].
 
         May be called while a block is between two steps."""
         with torch.inference_mode(), self._aside(), self._block([ids], 1):
@@ -294,8 +297,8 @@ class FlexModel(flex_opt.OptLM):
     @contextlib.contextmanager
     def _aside(self) -> Iterator[None]:
         """Put the block that is under way aside, and take it up again."""
-        names = "policy cache_home cache_read_buf cache_write_buf weight_read_buf attention_mask hidden output_ids stopped".split()
-        names += "_mask task execute_gen_len".split()
+        names = "policy cache_home cache_read_buf cache_write_buf weight_read_buf attention_mask".split()
+        names += "hidden output_ids stopped _mask task execute_gen_len".split()
         kept = {name: getattr(self, name) for name in names if hasattr(self, name)}
         workspace = self.env.cpu.attention_compute_workspace
         try:

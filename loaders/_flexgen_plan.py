@@ -105,6 +105,7 @@ def _six(text: str) -> tuple[tuple[float, float, float], ...]:
     found = []
     for name, gpu, cpu in zip(("weights", "cache", "activations"), values[::2], values[1::2], strict=True):
         if gpu + cpu > 100:
-            raise InvalidParameter(f"percent: {gpu:g} and {cpu:g} percent of the {name} are more than 100 together.", param="percent")
+            problem = f"percent: {gpu:g} and {cpu:g} percent of the {name} are more than 100 together."
+            raise InvalidParameter(problem, param="percent")
         found.append((gpu, cpu, 100 - gpu - cpu))
     return tuple(found)

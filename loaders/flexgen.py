@@ -25,9 +25,7 @@ if TYPE_CHECKING:
     from loaders._flexgen_model import FlexModel
     from modules.detect.opt import OptShape
 
-_NEEDS_MODEL = frozenset(
-    "num_beams length_penalty early_stopping guidance_scale penalty_alpha prompt_lookup_num_tokens".split()
-)
+_NEEDS_MODEL = frozenset("num_beams length_penalty early_stopping guidance_scale penalty_alpha prompt_lookup_num_tokens".split())
 _PERCENT = "Percent of the {} on GPU, CPU and disk; they add up to 100."
 _OFFLOAD = "switchyard-flexgen-"
 
@@ -101,7 +99,7 @@ SPEC = LoaderSpec(
 
 
 def to_native(sampling: dict[str, Any]) -> dict[str, Any]:
-    """Sampling parameters for `modules.samplers.SamplerChain` ("sampler"), and what can't be honoured with the reason ("ignored")."""
+    """Parameters for `modules.samplers.SamplerChain` ("sampler"), and what can't be honoured with the reason ("ignored")."""
     honoured, ignored = table.split_supported(sampling, SPEC.samplers, SPEC.title)
     return {"sampler": honoured, "ignored": ignored}
 
@@ -316,8 +314,8 @@ def _describe(
             shares[names[home]] = round(shares.get(names[home], 0.0) + size / total, 4)
     in_memory = homes["cpu"] + homes["gpu"]
     notes = [
-        f"Weights: {homes['gpu'] / 1e6:,.0f} MB ready to compute, {homes['cpu'] / 1e6:,.0f} MB on CPU, {homes['disk'] / 1e6:,.0f} MB on "
-        f"disk; blocks of up to {plan.slots} sequences."
+        f"Weights: {homes['gpu'] / 1e6:,.0f} MB ready to compute, {homes['cpu'] / 1e6:,.0f} MB on CPU, "
+        f"{homes['disk'] / 1e6:,.0f} MB on disk; blocks of up to {plan.slots} sequences."
     ]
     if not plan.cuda and (options["cpu_cache_compute"]):
         notes.append("cpu_cache_compute has no effect without a GPU.")

@@ -6,7 +6,7 @@ Arrays are memory-mapped where the format allows, so that reading one costs its 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +15,11 @@ from modules.detect.config_keys import CONFIG_FILES, refuse_code
 from modules.detect.draft import folder_files, read_json
 from modules.detect.flexgen import array_header, is_flexgen
 from modules.detect.opt import OptShape, opt_shape, source_name
-from modules.detect.safetensors_header import Tensor
 from modules.detect.weights import INDEX, check_index, find_weights, read_safetensors
 from modules.errors import CorruptModel, IncompatibleModel
+
+if TYPE_CHECKING:
+    from modules.detect.safetensors_header import Tensor
 
 Array = npt.NDArray[Any]
 _FLOATS = {"F16": np.float16, "F32": np.float32, "F64": np.float64}
@@ -45,15 +47,16 @@ class NpyWeights:
         for name, expected in shape.tensors().items():
             found = next((n for n in (name, f"{name}.npy") if n in files), None)
             if found is None and shape.default(name) is None:
-                raise CorruptModel(f"{name} is missing from the folder.", hint="Convert the model again: only this one is written.")
+                raise CorruptModel(
+                    f"{name} is missing from the folder.", hint="Convert the model again: it writes what is missing."
+                )
             if found is not None:
                 header = array_header(folder / found, files[found])
                 if header.shape != expected:
                     raise _mismatch(found, header.shape, expected)
                 if header.dtype not in ("<f2", "<f4") or header.fortran:
-                    raise CorruptModel(
-                        f"{found} holds {header.dtype} numbers; FlexGen reads float16 and float32.", hint="Convert the model again."
-                    )
+                    problem = f"{found} holds {header.dtype} numbers; FlexGen reads float16 and float32."
+                    raise CorruptModel(problem, hint="Convert the model again.")
                 self._paths[name] = folder / found
 
     def file(self, name: str) -> Path | None:

@@ -10,7 +10,9 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,12 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
         "overlap": False,
         "sep_layer": False,
     },
-    "float32 on CPU, several GPU batches": {"w_percent": "0,100,0", "dtype": "float32", "gpu_batch_size": 1, "num_gpu_batches": 8},
+    "float32 on CPU, several GPU batches": {
+        "w_percent": "0,100,0",
+        "dtype": "float32",
+        "gpu_batch_size": 1,
+        "num_gpu_batches": 8,
+    },
 }
 
 
@@ -56,17 +63,22 @@ def main() -> None:
     galactica = tiny(folder / "tiny galactica", activation_function="gelu", enable_bias=False, ffn_dim=80)
     opt = tiny(folder / "tiny öpt")
     model = Path(bundled) if bundled else opt
-    results: dict[str, Any] = {
-        "reference": greedy_reference(model),
-        "placements": {name: greedy(model, **options) for name, options in PLACEMENTS.items()},
-        "galactica": {"reference": scores_reference(galactica), "ours": scores(galactica)},
-        "4 bit": compressed(model),
-        "grown": grown(opt),
-        "converted": converted(opt, folder / "tiny öpt-np"),
-        "aside": score_while_generating(opt),
-        "cancelled": cancelled(opt),
-        "offload left": [path.name for path in folder.glob("offload/*")],
+    experiments: dict[str, Callable[[], Any]] = {
+        "reference": lambda: greedy_reference(model),
+        "placements": lambda: {name: greedy(model, **options) for name, options in PLACEMENTS.items()},
+        "galactica": lambda: {"reference": scores_reference(galactica), "ours": scores(galactica)},
+        "4 bit": lambda: compressed(model),
+        "grown": lambda: grown(opt),
+        "converted": lambda: converted(opt, folder / "tiny öpt-np"),
+        "aside": lambda: score_while_generating(opt),
+        "cancelled": lambda: cancelled(opt),
+        "offload left": lambda: [path.name for path in folder.glob("offload/*")],
     }
+    results = {}
+    for name, experiment in experiments.items():
+        begun = time.process_time()
+        results[name] = experiment()
+        print(f"{name}: {time.process_time() - begun:.1f} s of processor time", file=sys.stderr, flush=True)
     print(json.dumps(results))
 
 
@@ -86,7 +98,8 @@ def tiny(folder: Path, **changes: Any) -> Path:
     for parameter in model.parameters():
         parameter.data = parameter.data + 0.2 * torch.randn_like(parameter)
     model.half().save_pretrained(folder)
-    transformers.PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>").save_pretrained(folder)
+    marks = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=core, **marks).save_pretrained(folder)
     return folder
 
 
@@ -96,16 +109,19 @@ def tiny(folder: Path, **changes: Any) -> Path:
 def engine(folder: Path, **options: Any) -> FlexGenEngine:
     made = FlexGenEngine()
     offload = str(Path(sys.argv[1]) / "offload")
-    made.load(str(folder), {o.name: o.default for o in SPEC.options} | {"threads": 1, "offload_dir": offload} | options, lambda p: None)
+    defaults = {o.name: o.default for o in SPEC.options} | {"threads": 1, "offload_dir": offload}
+    made.load(str(folder), defaults | options, lambda p: None)
     return made
 
 
-def run(made: FlexGenEngine, prompts: list[list[int]], tokens: int, **sampling: Any) -> list[list[int]]:
+def request(name: str, ids: list[int], tokens: int) -> GenerationRequest:
+    stop = StopParams(tokens, ignore_eos=True)
+    return GenerationRequest(name, token_ids=tuple(ids), sampling={"temperature": 0.0}, stop=stop)
+
+
+def run(made: FlexGenEngine, prompts: list[list[int]], tokens: int) -> list[list[int]]:
     """All prompts at once, stepped in turn as the worker does."""
-    requests = [
-        GenerationRequest(f"r{n}", token_ids=tuple(p), sampling={"temperature": 0.0} | sampling, stop=StopParams(tokens, ignore_eos=True))
-        for n, p in enumerate(prompts)
-    ]
+    requests = [request(f"r{n}", ids, tokens) for n, ids in enumerate(prompts)]
     streams = {r.request_id: made.generate(r, CancelToken()) for r in requests}
     found: dict[str, list[int]] = {name: [] for name in streams}
     while streams:
@@ -169,10 +185,9 @@ def score_while_generating(folder: Path) -> dict[str, Any]:
     ids = prompts_of(folder)
     made = engine(folder, w_percent="0,50,50")
     alone, block = made.score(ids[2]), run(made, ids[:2], 8)
-    request = GenerationRequest("r", token_ids=tuple(ids[0]), sampling={"temperature": 0.0}, stop=StopParams(8, ignore_eos=True))
     found: list[int] = []
     between = []
-    for event in made.generate(request, CancelToken()):
+    for event in made.generate(request("r", ids[0], 8), CancelToken()):
         if isinstance(event, TokenEvent):
             found += event.token_ids
             between.append(made.score(ids[2]) == alone)
@@ -186,10 +201,7 @@ def cancelled(folder: Path) -> dict[str, Any]:
     made = engine(folder)
     whole = run(made, ids[:2], 8)
     tokens = [CancelToken(), CancelToken()]
-    streams = [
-        made.generate(GenerationRequest(f"c{n}", token_ids=tuple(ids[n]), sampling={"temperature": 0.0}, stop=StopParams(8, ignore_eos=True)), t)
-        for n, t in enumerate(tokens)
-    ]
+    streams = [made.generate(request(f"c{n}", ids[n], 8), token) for n, token in enumerate(tokens)]
     ends: dict[int, Any] = {}
     texts: dict[int, list[int]] = {0: [], 1: []}
     while len(ends) < 2:

@@ -21,7 +21,7 @@ _OTHERS = "Load it with Transformers, or its GGUF form with llama.cpp."
 
 @dataclass(frozen=True, slots=True)
 class OptShape:
-    """Sizes of an OPT. `bias` and `affine`: whether the checkpoint has linear biases and norm weights (Galactica may lack them)."""
+    """Sizes of an OPT. `bias` and `affine`: whether it has linear biases and norm weights (Galactica may lack them)."""
 
     layers: int
     hidden: int
@@ -68,7 +68,8 @@ def opt_shape(config: dict[str, Any]) -> OptShape:
     """The shape that a checked config.json describes. Raises IncompatibleModel for what FlexGen can't compute, CorruptModel."""
     kind = config.get("model_type")
     if kind != "opt":
-        raise IncompatibleModel(f"FlexGen runs OPT and Galactica models; this is {kind or 'of an unknown architecture'}.", hint=_OTHERS)
+        found = kind or "of an unknown architecture"
+        raise IncompatibleModel(f"FlexGen runs OPT and Galactica models; this is {found}.", hint=_OTHERS)
     sizes: dict[str, int] = {}
     keys = {
         "layers": "num_hidden_layers",
