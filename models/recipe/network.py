@@ -6,6 +6,7 @@ The parameter names are those of ``transformers.LlamaForCausalLM``, so exporting
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,7 +111,52 @@ class Backbone(nn.Module):
         self.norm = nn.RMSNorm(shape.hidden, eps=shape.norm_eps)
 
 
-class Llama(nn.Module):
+class Network(nn.Module):
+    """What the trainer asks of every architecture."""
+
+    plain = re.compile("embed")  # names of matrices that AdamW trains, not Muon
+
+    def forward(self, ids: Tensor, document: Tensor | None = None, where: Tensor | None = None,
+                streams: list[Tensor] | None = None) -> Tensor:  # fmt: skip
+        """Logits [batch, tokens, vocab] of token ids [batch, tokens]; of the tokens ``where`` (a mask) alone: [n, vocab].
+
+        ``document`` [batch, tokens] numbers the documents packed into a row; tokens see only their own document.
+        The residual stream [batch, tokens, hidden] after each layer is appended to ``streams``.
+        """
+        raise NotImplementedError
+
+    def start_from(self, teacher: Llama) -> None:
+        """Take over the parts of a trained Llama that have a counterpart here; sizes must agree."""
+        self.load_state_dict(teacher.state_dict())
+
+    def config(self) -> dict[str, object]:
+        """The content of config.json, without the special tokens."""
+        raise NotImplementedError
+
+    def weights(self) -> dict[str, Tensor]:
+        """The tensors of the model file."""
+        return {name: p.detach().to(torch.float16).contiguous() for name, p in self.named_parameters()}
+
+    def save(self, folder: Path, eos: list[int], bos: int, pad: int) -> None:
+        """Write config.json, generation_config.json and model.safetensors."""
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.weights(), folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "model.safetensors").chmod(0o644)  # safetensors writes it for the owner alone
+        special = {"bos_token_id": bos, "eos_token_id": eos[0], "pad_token_id": pad}
+        generation = {
+            "bos_token_id": bos,
+            "eos_token_id": eos,
+            "pad_token_id": pad,
+            "do_sample": True,
+            "temperature": 0.7,
+            "top_p": 0.9,
+            "max_new_tokens": 400,
+        }
+        for name, content in (("config.json", self.config() | special), ("generation_config.json", generation)):
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+
+
+class Llama(Network):
     """Llama with an output matrix tied to the embedding."""
 
     cos: Tensor
@@ -129,13 +175,10 @@ class Llama(nn.Module):
                 last = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(parameter, std=0.02 / (2 * shape.layers) ** 0.5 if last else 0.02)
 
-    def forward(self, ids: Tensor, document: Tensor | None = None) -> Tensor:
-        """Logits [batch, tokens, vocab] of token ids [batch, tokens].
-
-        ``document`` [batch, tokens] numbers the documents packed into a row; tokens see only their own document.
-        Rotary embeddings depend on distances alone, so positions need not start again with each document.
-        """
+    def forward(self, ids: Tensor, document: Tensor | None = None, where: Tensor | None = None,
+                streams: list[Tensor] | None = None) -> Tensor:  # fmt: skip
         tokens = ids.shape[1]
+        # Rotary embeddings depend on distances alone, so positions need not start again with each document.
         cos, sin = self.cos[:tokens], self.sin[:tokens]
         mask = None
         if document is not None:
@@ -144,53 +187,36 @@ class Llama(nn.Module):
         x = self.model.embed_tokens(ids)
         for layer in self.model.layers:
             x = layer(x, cos, sin, mask)
+            if streams is not None:
+                streams.append(x)
+        x = x if where is None else x[where]
         return F.linear(self.model.norm(x), self.model.embed_tokens.weight)
 
-
-def save_folder(network: Llama, folder: Path, eos: list[int], bos: int, pad: int) -> None:
-    """Write config.json, generation_config.json and model.safetensors (float16) for ``transformers``."""
-    shape = network.shape
-    folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: p.detach().to(torch.float16).contiguous() for name, p in network.named_parameters()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    (folder / "model.safetensors").chmod(0o644)  # safetensors writes it for the owner alone
-    config = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": shape.vocab,
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.ffn,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
-        "hidden_act": "silu",
-        "max_position_embeddings": shape.context,
-        "rope_theta": shape.rope_theta,
-        "rms_norm_eps": shape.norm_eps,
-        "attention_bias": False,
-        "mlp_bias": False,
-        "tie_word_embeddings": True,
-        "bos_token_id": bos,
-        "eos_token_id": eos[0],
-        "pad_token_id": pad,
-        "torch_dtype": "float16",
-    }
-    generation = {
-        "bos_token_id": bos,
-        "eos_token_id": eos,
-        "pad_token_id": pad,
-        "do_sample": True,
-        "temperature": 0.7,
-        "top_p": 0.9,
-        "max_new_tokens": 400,
-    }
-    for name, content in (("config.json", config), ("generation_config.json", generation)):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    def config(self) -> dict[str, object]:
+        shape = self.shape
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "vocab_size": shape.vocab,
+            "hidden_size": shape.hidden,
+            "intermediate_size": shape.ffn,
+            "num_hidden_layers": shape.layers,
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.kv_heads,
+            "head_dim": shape.head_dim,
+            "hidden_act": "silu",
+            "max_position_embeddings": shape.context,
+            "rope_theta": shape.rope_theta,
+            "rms_norm_eps": shape.norm_eps,
+            "attention_bias": False,
+            "mlp_bias": False,
+            "tie_word_embeddings": True,
+            "torch_dtype": "float16",
+        }
 
 
 def load_folder(folder: Path) -> Llama:
-    """The network of a folder written by :func:`save_folder`, computing in float32."""
+    """The network of a folder written by :meth:`Llama.save`, computing in float32."""
     c = json.loads((folder / "config.json").read_text())
     shape = LlamaShape(c["vocab_size"], c["hidden_size"], c["num_hidden_layers"], c["num_attention_heads"],
                        c["num_key_value_heads"], c["intermediate_size"], c["max_position_embeddings"],

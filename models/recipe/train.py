@@ -1,4 +1,7 @@
-"""Train Wren from scratch: ``python models/recipe/train.py --corpora DIR --out models/wren-6m --minutes 80``.
+"""Train Wren: ``python models/recipe/train.py --corpora DIR --out models/wren-6m --minutes 80``.
+
+``--architecture opt`` or ``rwkv`` trains another kind of network from the same documents. With ``--teacher`` it starts
+from the weights of a trained Llama Wren where the two have counterparts, and learns from the teacher's guesses too.
 
 The budget is training time, not steps: the learning rate depends on the share of ``--minutes`` that has been used, so
 the end is predictable on any machine. A checkpoint with everything needed to go on is written every few minutes to
@@ -16,6 +19,7 @@ import statistics
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -25,13 +29,16 @@ import torch
 import torch.nn.functional as F
 from chatml import END, END_OF_TEXT, PAD, render
 from documents import Recipe
-from network import Llama, LlamaShape, save_folder
+from network import Llama, LlamaShape, Network, load_folder
+from network_opt import OPT, OPTShape
+from network_rwkv import RWKV, RWKVShape
 from packing import Batch, TokenSet, batches, fill_rows, make_batch, tokenize
 from tokenizers import Tokenizer
 from torch import Tensor
 from vocabulary import save_tokenizer, train_tokenizer
 
 ROWS = (256, 1024)  # lengths of the rows of a batch
+IMITATION = (3.0, 0.6)  # weight of the teacher's residual streams at first; share of the budget at which it is nothing
 WARM_UP, DECAY = 0.02, 0.5  # shares of the budget in which the learning rate rises, and falls to nothing
 
 
@@ -80,6 +87,15 @@ def rate(share: float) -> float:
     return min(1.0, (share + 1e-3) / WARM_UP, max(0.0, (1 - share) / DECAY))
 
 
+def build(architecture: str, vocab: int, context: int) -> Network:
+    """A new network of the kind that ``--architecture`` names."""
+    if architecture == "opt":
+        return OPT(OPTShape(vocab=vocab, context=context))
+    if architecture == "rwkv":
+        return RWKV(RWKVShape(vocab=vocab, context=context))
+    return Llama(LlamaShape(vocab=vocab, context=context))
+
+
 def prepare(args: argparse.Namespace) -> tuple[Tokenizer, TokenSet, dict[str, TokenSet]]:
     """Tokenizer, training set and validation sets, from the cache in ``--work`` where it is there."""
     work: Path = args.work
@@ -111,22 +127,53 @@ def validation(args: argparse.Namespace, tokenizer: Tokenizer, count: int = 40) 
     return {kind: tokenize(documents, tokenizer, args.context) for kind, documents in kinds.items()}
 
 
-def loss_of(network: Llama, batch: Batch) -> Tensor:
+@dataclass
+class Lesson:
+    """How a batch is learned from: the teacher, if there is one, and how much its residual streams count now."""
+
+    teacher: Llama | None = None
+    imitation: float = 0.0
+    tokens: int = 1  # of the whole batch
+
+
+def loss_of(network: Network, batch: Batch) -> Tensor:
     """Weighted sum of the cross-entropy, in nats."""
-    logits = network(batch.ids, batch.document)
-    losses = F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none")
-    return (losses * batch.weights.flatten()).sum()
+    where = batch.weights > 0
+    losses = F.cross_entropy(network(batch.ids, batch.document, where), batch.targets[where], reduction="none")
+    return (losses * batch.weights[where]).sum()
 
 
-def backward(network: Llama, total: Tensor, batch: Batch) -> float:
+def guided_loss(network: Network, batch: Batch, total: Tensor, lesson: Lesson) -> Tensor:
+    """The rows' share of the mean loss with a teacher.
+
+    Half of the target is the next token, half the teacher's distribution (Hinton et al. 2015). The student's residual
+    stream is drawn to the teacher's after every layer: that gives each layer a target of its own from the first step.
+    """
+    assert lesson.teacher is not None
+    where = batch.weights > 0
+    shown: list[Tensor] = []
+    streams: list[Tensor] | None = [] if lesson.imitation else None
+    with torch.no_grad():
+        guesses = lesson.teacher(batch.ids, batch.document, where, shown).softmax(-1)
+    logs = network(batch.ids, batch.document, where, streams).log_softmax(-1)
+    losses = -0.5 * ((guesses * logs).sum(-1) + logs.gather(1, batch.targets[where][:, None])[:, 0])
+    loss = (losses * batch.weights[where]).sum() / total
+    real = batch.document >= 0
+    for mine, theirs in zip(streams or [], shown, strict=bool(streams)):
+        distance = (mine - theirs)[real].square().sum(-1) / theirs[real].square().sum(-1)
+        loss = loss + lesson.imitation * distance.sum() / (len(shown) * lesson.tokens)
+    return loss
+
+
+def backward(network: Network, total: Tensor, lesson: Lesson, batch: Batch) -> float:
     """Add the gradients of these rows; ``total`` is the weight of the whole batch. The rows' share of the mean loss."""
-    loss = loss_of(network, batch) / total
+    loss = guided_loss(network, batch, total, lesson) if lesson.teacher else loss_of(network, batch) / total
     loss.backward()
     return loss.item()
 
 
 @torch.no_grad()
-def perplexity(network: Llama, data: TokenSet, rows: int = 8, size: int = 1024) -> float:
+def perplexity(network: Network, data: TokenSet, rows: int = 8, size: int = 1024) -> float:
     """Perplexity per token over the assistant's words (of a chat) or all words (of plain text)."""
     total = weight = 0.0
     groups = fill_rows(data.lengths, np.arange(len(data)), size)
@@ -138,10 +185,10 @@ def perplexity(network: Llama, data: TokenSet, rows: int = 8, size: int = 1024) 
     return math.exp(total / weight)
 
 
-def export(network: Llama, tokenizer: Tokenizer, folder: Path) -> None:
+def export(network: Network, tokenizer: Tokenizer, folder: Path) -> None:
     """Write a complete model folder; files already there and not made here (the card) stay."""
     eos = [tokenizer.token_to_id(token) for token in (END, END_OF_TEXT)]
-    save_folder(network, folder, eos, tokenizer.token_to_id(END_OF_TEXT), tokenizer.token_to_id(PAD))
+    network.save(folder, eos, tokenizer.token_to_id(END_OF_TEXT), tokenizer.token_to_id(PAD))
     save_tokenizer(tokenizer, folder, network.shape.context)
 
 
@@ -157,6 +204,8 @@ def replace_folder(new: Path, target: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--architecture", choices=("llama", "opt", "rwkv"), default="llama")
+    parser.add_argument("--teacher", type=Path, help="folder of a trained Llama Wren to start and to learn from")
     parser.add_argument("--corpora", type=Path, required=True, help="folder with tinystories/, personality-chat/, self-dialogue/")
     parser.add_argument("--out", type=Path, required=True, help="model folder to write at the end")
     parser.add_argument("--work", type=Path, default=Path("/tmp/wren"), help="folder of caches and checkpoints")
@@ -177,9 +226,12 @@ def main() -> None:
 
     tokenizer, data, held_out = prepare(args)
     print(f"{len(data)} documents, {len(data.ids) / 1e6:.1f} M tokens", flush=True)
-    network = Llama(LlamaShape(vocab=args.vocab, context=args.context))
-    matrices = [p for name, p in network.named_parameters() if p.ndim == 2 and "embed" not in name]
-    rest = [p for name, p in network.named_parameters() if p.ndim != 2 or "embed" in name]
+    network = build(args.architecture, args.vocab, args.context)
+    lesson = Lesson(load_folder(args.teacher).requires_grad_(False) if args.teacher else None)
+    if lesson.teacher and not args.resume:
+        network.start_from(lesson.teacher)
+    matrices = [p for name, p in network.named_parameters() if p.ndim == 2 and not network.plain.search(name)]
+    rest = [p for name, p in network.named_parameters() if p.ndim != 2 or network.plain.search(name)]
     optimizers = [Muon(matrices, lr=args.lr), torch.optim.AdamW(rest, lr=args.lr_rest, betas=(0.9, 0.98), weight_decay=0.0)]
     peaks = [args.lr, args.lr_rest]
     state = {"seconds": 0.0, "step": 0, "tokens": 0}
@@ -218,7 +270,9 @@ def main() -> None:
                 group["lr"] = peak * factor
             optimizer.zero_grad()
         batch = next(stream)
-        loss = sum(pool.map(partial(backward, network, batch.weights.sum()), batch.split(args.threads)))
+        lesson.imitation = IMITATION[0] * max(0.0, 1 - state["seconds"] / budget / IMITATION[1])
+        lesson.tokens = max(1, int((batch.document >= 0).sum()))
+        loss = sum(pool.map(partial(backward, network, batch.weights.sum(), lesson), batch.split(args.threads)))
         torch.nn.utils.clip_grad_norm_(rest, 1.0)
         for optimizer in optimizers:
             optimizer.step()
