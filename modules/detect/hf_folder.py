@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 _CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "max_sequence_length", "max_seq_len", "seq_length", "n_ctx")
 _QUANT_FILES = ("quantize_config.json", "quant_config.json")
 _EMBEDDINGS = (
+    "emb.weight",
     "model.embed_tokens.weight",
     "embed_tokens.weight",
     "transformer.wte.weight",
@@ -63,7 +64,7 @@ def examine_folder(path: Path, draft: Draft, *, deep: bool) -> None:
         )
     if text(config.get("model_type")) in LLAMA_FAMILY:
         check_llama_shapes(config, tensors)
-    if deep and draft.format in ("hf", "gptq", "awq"):
+    if deep and (draft.format in ("hf", "gptq", "awq") or (draft.format == "rwkv" and "tokenizer.json" in files)):
         check_tokenizer(path, set(files), _embedding_rows(tensors))
 
 
@@ -110,8 +111,9 @@ def _read_weights(
             f"The configuration says the weights are quantized with {declared}, but they are plain.",
             hint="Weights and configuration are of two models: fetch the model again.",
         )
-    if not config and held is None and looks_like_rwkv(tensors):
+    if held is None and looks_like_rwkv(tensors):  # the package's own names: a config.json beside them only adds to it
         draft.format = "rwkv"
+        draft.architecture = looks_like_rwkv(tensors)
     elif held and held != declared and not (declared and held in ("fp8", "bnb")):
         draft.format = quantized.format_of(held)
         draft.quantization = quantized.describe(held, quant_config, tensors)

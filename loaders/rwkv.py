@@ -1,0 +1,113 @@
+"""RWKV: recurrent models of versions 4 to 7, from their own files, with the rwkv package.
+
+This module is the spec and the thin engine; `_rwkv_load` reads the model, `_rwkv_run` runs it, `_rwkv_states` keeps states,
+`_rwkv_text` holds the tokenizers. The recurrent state is the prefix cache: what has been read once is not read again.
+"""
+
+from __future__ import annotations
+
+from importlib import metadata
+from typing import TYPE_CHECKING, Any
+
+from loaders import transformers as hf
+from modules import sampling as table
+from modules.schema import LoaderSpec, ModelInfo, OptionSpec
+
+if TYPE_CHECKING:
+    from modules.engine import Progress
+
+_BEAMS = frozenset({"num_beams", "length_penalty", "early_stopping"})
+_NEED_THE_MODEL = frozenset({"guidance_scale", "penalty_alpha", "prompt_lookup_num_tokens"})
+
+SPEC = LoaderSpec(
+    name="rwkv",
+    title="RWKV",
+    engine="loaders.rwkv:RwkvEngine",
+    summary="RWKV models of versions 4 to 7 (.safetensors): recurrent networks whose memory does not grow with the text.",
+    formats={"rwkv": 100},
+    samplers=frozenset(table.PARAMETERS) - _BEAMS - _NEED_THE_MODEL,
+    options=(
+        OptionSpec(
+            "strategy",
+            "str",
+            "auto",
+            "Device and number format: cpu fp32, cpu bf16, cuda fp16, cuda bf16. Versions 4 to 6 also take fp16i8 and fp32i8 "
+            "(8-bit weights) and layer splits: cuda fp16i8 *10 -> cpu fp32. auto: cuda fp16 on a GPU, else cpu fp32.",
+            aliases=("rwkv_strategy",),
+        ),
+        OptionSpec(
+            "ctx_size",
+            "int",
+            0,
+            "Tokens of prompt and answer; 0 is what the model was trained on, or 4096. An RWKV reads on beyond it, worse.",
+            minimum=0,
+            maximum=10_000_000,
+            aliases=("n_ctx", "max_seq_len", "context_length"),
+        ),
+        OptionSpec(
+            "tokenizer",
+            "choice",
+            "auto",
+            "Tokenizer. auto: tokenizer.json in the model's folder; else by the size of the vocabulary: 65536 world, 50277 20b "
+            "(20B_tokenizer.json beside the model), 256 bytes.",
+            choices=("auto", "world", "20b", "bytes"),
+        ),
+        OptionSpec(
+            "state_cache_mb",
+            "int",
+            256,
+            "MB of memory for states of text already read, so that another turn, a regenerated answer or an edited message only "
+            "costs its new tokens; 0 keeps the last one only.",
+            minimum=0,
+            maximum=1_000_000,
+        ),
+        OptionSpec(
+            "state_every",
+            "int",
+            256,
+            "Tokens between two states that are kept inside a long text.",
+            minimum=16,
+            maximum=1_000_000,
+            advanced=True,
+        ),
+        OptionSpec(
+            "cuda_kernel",
+            "bool",
+            False,
+            "Compile the package's own CUDA kernels for a faster prefill; needs a CUDA toolkit and a C++ compiler.",
+            aliases=("rwkv_cuda_on",),
+            advanced=True,
+        ),
+        OptionSpec("threads", "int", 0, "CPU threads; 0 is one per core.", minimum=0, maximum=1024),
+        OptionSpec("prefill_chunk", "int", 256, "Tokens per step of the prefill.", minimum=16, maximum=65_536, advanced=True),
+    ),
+    features=frozenset({"logprobs", "echo", "score", "grammar", "json_schema", "regex"}),
+    overlay="rwkv",
+    probe=("torch", "rwkv", "safetensors", "tokenizers"),
+    devices=("cpu", "cuda"),
+    notes=("A .pth file is a pickle: turn it into .safetensors with `server.py convert FILE --to safetensors --allow-pickle`.",),
+)
+
+
+def to_native(sampling: dict[str, Any]) -> dict[str, Any]:
+    """Sampling parameters for `modules.samplers.SamplerChain` under "sampler"; under "ignored" what can't be honoured and why."""
+    honoured, ignored = table.split_supported(sampling, SPEC.samplers, SPEC.title)
+    return {"sampler": honoured, "ignored": ignored}
+
+
+class RwkvEngine(hf.TransformersEngine):
+    """The Transformers engine around another model: text, requests and refusals are the same."""
+
+    spec = SPEC
+
+    @classmethod
+    def versions(cls) -> dict[str, str]:
+        return {package: metadata.version(package) for package in ("rwkv", "torch")}
+
+    def load(self, path: str, options: dict[str, Any], progress: Progress) -> ModelInfo:
+        from loaders._rwkv_load import load
+        from loaders._rwkv_run import RwkvRunner
+
+        loaded = load(path, options, progress)
+        self._runner = RwkvRunner(loaded, options)
+        return loaded.info
