@@ -128,7 +128,7 @@ class KeyStore:
             part.unlink(missing_ok=True)
             raise StorageError(f"The key file could not be written: {error.strerror}.", hint="The keys are as before.") from error
         with self._mutex:
-            self._stamp = None
+            self._stamp, self._looked_at = None, float("-inf")
 
 
 def _read(path: Path) -> tuple[Key, ...]:
