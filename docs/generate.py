@@ -19,6 +19,15 @@ from modules.errors import error_classes  # noqa: E402
 from modules.registry import FORMAT_NAMES, discover  # noqa: E402
 from modules.sampling import PARAMETERS  # noqa: E402
 
+# What the README says of a result: its name, what was measured, and the figures that say it.
+HEADLINES = (
+    ("page_stream", "tokens into the page, 200 messages above", "{page_tok_s:,} tok/s, {ratio:.2f} of a bare page"),
+    ("startup", "start to first answer, to the whole page", "{splash_s:.2f} s, {ui_s:.1f} s; {rss_mib:.0f} MiB"),
+    ("api_throughput-llamacpp-1.1b", "through the API ÷ llama.cpp's own loop, 1.1B Q4_0", "{ratio_median:.2f}"),
+    ("api_throughput-llamacpp-260k", "the same, 260K model", "{ratio_median:.2f} at {api_decode_tok_s:,.0f} tok/s"),
+    ("api_throughput-transformers-1.1b", "through the API ÷ a plain Transformers loop, 1.1B", "{ratio_median:.2f}"),
+    ("load_cycles", "100 loads and unloads of two models", "memory {slope_kib_per_cycle:+.0f} KiB a cycle"),
+)
 PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
 
 
@@ -92,6 +101,16 @@ def figures() -> str:
     return table(["benchmark", "command", "figures", "hardware"], rows)
 
 
+def headlines() -> str:
+    """The README's few figures."""
+    rows = []
+    for name, what, text in HEADLINES:
+        path = ROOT / "benchmarks" / "results" / f"{name}.json"
+        if path.is_file():
+            rows.append([what, text.format(**json.loads(path.read_text(encoding="utf-8"))["figures"])])
+    return table(["measured", "figure"], rows)
+
+
 def _short(value: Any) -> str:
     return json.dumps(value) if isinstance(value, (dict, list)) else f"{value:g}" if isinstance(value, float) else str(value)
 
@@ -102,6 +121,7 @@ GENERATORS: dict[str, Callable[[], str]] = {
     "parameters": parameters,
     "errors": errors,
     "figures": figures,
+    "headlines": headlines,
 }
 
 
