@@ -43,7 +43,7 @@ export const del = (path) => api('DELETE', path);
 // --- page-wide events ---------------------------------------------------------------------------------------------
 
 const listeners = new Map();
-const KINDS = ['models', 'conversation', 'conversations', 'notice', 'install', 'settings', 'presets', 'evaluation', 'quantization', 'resync', 'online', 'offline'];
+const KINDS = ['models', 'conversation', 'conversations', 'notice', 'install', 'settings', 'presets', 'evaluation', 'quantization', 'batch', 'resync', 'online', 'offline'];
 
 /** Call `fn(data)` on each event of `kind`; `resync` means that events were missed and everything should be read again. */
 export function on(kind, fn) {

@@ -11,7 +11,7 @@ import { setTheme, theme, THEMES, watchTheme } from './theme.js';
 import { fail, toast } from './toast.js';
 
 // Page, words, icon; on a phone the tools are behind one button.
-const PAGES = [['chat', 'Chat', 'chat'], ['models', 'Models', 'cube'], ['quantize', 'Quantise', 'layers', 'tool'], ['evaluate', 'Evaluate', 'gauge', 'tool'], ['settings', 'Settings', 'gear']];
+const PAGES = [['chat', 'Chat', 'chat'], ['models', 'Models', 'cube'], ['quantize', 'Quantise', 'layers', 'tool'], ['evaluate', 'Evaluate', 'gauge', 'tool'], ['batch', 'Batch', 'batch', 'tool'], ['settings', 'Settings', 'gear']];
 
 class Shell {
   constructor(root, trigger) {
