@@ -19,6 +19,7 @@ from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 
 from modules.ui.access import Access
+from modules.ui.batch_tab import batch_tab
 from modules.ui.evaluate_tab import evaluate_tab
 from modules.ui.models import ModelBar, load_options_form
 from modules.ui.parameters import ParameterPanel
@@ -84,6 +85,8 @@ def build_blocks(services: Services) -> gr.Blocks:
                 quantize_tab()
             with gr.Tab("Evaluate", id="evaluate", elem_id="sy-page-evaluate"):
                 evaluate_tab()
+            with gr.Tab("Batch", id="batch", elem_id="sy-page-batch"):
+                batch_tab()
             with gr.Tab("Settings", id="settings", elem_id="sy-page-settings"):
                 settings = SettingsPage(access)
         panel = ParameterPanel(access)
