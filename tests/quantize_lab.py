@@ -52,7 +52,7 @@ def layers(folder: Path) -> Any:
             {"group_size": 256, "sym": False, "mse": True},
         ):
             settings = QuantizeSettings(bits=bits, **options)
-            ours = quantize_gptq(weight, moments, settings)
+            ours = quantize_gptq(weight, moments.clone(), settings)
             plain = quantize_rtn(weight, QuantizeSettings(bits=bits, group_size=settings.group_size, sym=settings.sym))
             off = x @ (plain.weight() - weight)
             rtn_loss = float(off.pow(2).sum() / (x @ weight).pow(2).sum())

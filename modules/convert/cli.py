@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modules.convert.flexgen import convert_flexgen
 from modules.convert.gguf import AUTO, ConvertJob, convert, library_types
 from modules.convert.unpickle import convert_pickle
 from modules.detect import find_model
@@ -23,17 +24,22 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "convert",
         help="convert and quantise models",
         description="Convert a Hugging Face or GPTQ folder to GGUF, or quantise a GGUF, with llama.cpp's own tools. "
-        "Turn pickled weights into safetensors.",
+        "Turn pickled weights into safetensors, or an OPT into FlexGen's arrays.",
     )
     parser.add_argument("source", metavar="MODEL", nargs="?", help="a name under the model folder, or a path")
-    parser.add_argument("--to", choices=("gguf", "safetensors"), default="gguf", help="format to write")
+    parser.add_argument("--to", choices=("gguf", "safetensors", "flexgen"), default="gguf", help="format to write")
     parser.add_argument(
         "--type",
         default=AUTO,
         help="GGUF type: F32, F16, BF16, Q8_0, Q6_K, Q5_K_M, Q4_K_M, Q4_0, … (--types lists all); "
         "default: F16, and for a GPTQ checkpoint the type that holds the same numbers",
     )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="file to write; default: NAME-TYPE.gguf beside the model")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="file to write; default: NAME-TYPE.gguf, or NAME-np for FlexGen, beside the model",
+    )
     parser.add_argument("--imatrix", type=Path, metavar="FILE", help="importance matrix; types below Q2_K need one")
     parser.add_argument("--requantize", action="store_true", help="quantise a quantised source again, at a loss")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
@@ -58,7 +64,7 @@ def _finish(work: Any) -> int:
     try:
         asyncio.run(work)
     except KeyboardInterrupt:
-        print("\nStopped; nothing was left behind.", file=sys.stderr)
+        print("\nStopped; nothing was left behind that looks like a model.", file=sys.stderr)
         return 130
     except AppError as error:
         print(f"Switchyard: {error}", file=sys.stderr)
@@ -83,7 +89,10 @@ async def _convert(args: argparse.Namespace, config: Any) -> None:
         overwrite=args.overwrite,
     )
     try:
-        if args.to == "safetensors":
+        if args.to == "flexgen":
+            kind = "F16" if args.type == AUTO else args.type
+            done = await convert_flexgen(job.source, line.show, type=kind, out=out, overwrite=args.overwrite)
+        elif args.to == "safetensors":
             allow = args.allow_pickle
             done = await convert_pickle(job.source, line.show, allow_pickle=allow, out=out, overwrite=args.overwrite)
         else:

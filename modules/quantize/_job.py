@@ -34,7 +34,7 @@ from modules.quantize._checkpoint import (
     write_safetensors,
     write_weights,
 )
-from modules.quantize._gptq import QuantizedLayer, quantize_gptq, quantize_rtn
+from modules.quantize._gptq import QuantizedLayer, quantize_group, quantize_rtn
 from modules.quantize._packing import unpack_rows, unpack_zeros
 from modules.quantize._weights import BaseModel
 from modules.quantize.settings import QuantizeSettings, check_layer, check_settings
@@ -177,6 +177,7 @@ class _Run:
         # On a CPU half precision is slow and gains nothing here; on a GPU the checkpoint's own type is the usual one.
         self._dtype = torch.float32 if self._device.type == "cpu" else base.model.dtype
         self._names = list(tree.linears(blocks.modules[0]))
+        self._orders: dict[Any, list[list[str]]] = {}
         self._fresh = 0
         self._clock = time.monotonic()
 
@@ -224,20 +225,20 @@ class _Run:
         return layers
 
     def _quantize(self, index: int, block: torch.nn.Module, hidden: _Hidden) -> dict[str, QuantizedLayer]:
-        first = hidden.batches[0]
-        groups = tree.call_order(block, first, hidden.arguments[len(first)][index])
+        kinds = tuple((name, type(module)) for name, module in tree.linears(block).items())
+        if kinds not in self._orders:
+            first = hidden.batches[0]
+            self._orders[kinds] = tree.call_order(block, first, hidden.arguments[len(first)][index])
+        groups = self._orders[kinds]
         layers: dict[str, QuantizedLayer] = {}
         steps = [[group] for group in groups] if self._job.settings.true_sequential else [groups]
         for step in steps:
             moments = self._moments(index, block, hidden, step)
             for number, group in enumerate(step):
-                mean = moments.mean(number)
-                for name in group:
-                    module = tree.linears(block)[name]
-                    layers[name] = layer = self._one(f"{index}.{name}", module, mean)
-                    tree.set_weight_in_out(module, layer.weight())
+                for name, layer in self._group(index, block, group, moments.take_mean(number)).items():
+                    layers[name] = layer
+                    tree.set_weight_in_out(block.get_submodule(name), layer.weight())
                     self._report(index, name, layer)
-                moments.sums[number] = None
         for name in self._names:
             if name not in layers:  # an expert that no calibration token reached
                 module = tree.linears(block)[name]
@@ -247,11 +248,13 @@ class _Run:
                 self._report(index, name, layers[name])
         return layers
 
-    def _one(self, name: str, module: torch.nn.Module, moments: Tensor) -> QuantizedLayer:
+    def _group(self, index: int, block: torch.nn.Module, names: list[str], moments: Tensor) -> dict[str, QuantizedLayer]:
+        """The layers `names`, which have the same inputs."""
         try:
-            return quantize_gptq(tree.weight_in_out(module), moments, self._job.settings)
+            weights = [tree.weight_in_out(block.get_submodule(name)) for name in names]
+            return dict(zip(names, quantize_group(weights, moments, self._job.settings), strict=True))
         except AppError as error:
-            error.message = f"Layer {self._blocks.name}.{name}: {error.message}"
+            error.message = f"Layer {self._blocks.name}.{index}.{names[0]}: {error.message}"
             raise
 
     def _moments(self, index: int, block: torch.nn.Module, hidden: _Hidden, step: list[list[str]]) -> tree.Moments:

@@ -212,10 +212,12 @@ class Moments:
 
         return add
 
-    def mean(self, index: int) -> Tensor:
+    def take_mean(self, index: int) -> Tensor:
+        """The mean of x xᵀ, which is forgotten here."""
         found = self.sums[index]
         assert found is not None
-        return found / max(self.tokens[index], 1)
+        self.sums[index] = None
+        return found.div_(max(self.tokens[index], 1))
 
     def close(self) -> None:
         for hook in self._hooks:

@@ -41,7 +41,6 @@ def main(request: str) -> int:
 def _run(request: dict[str, Any], send: Any) -> dict[str, Any]:
     import torch
 
-    from modules.quantize import _job
     from modules.quantize.settings import QuantizeSettings
 
     if request.get("threads"):
@@ -49,10 +48,18 @@ def _run(request: dict[str, Any], send: Any) -> dict[str, Any]:
     device = request.get("device") or "auto"
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = QuantizeSettings(**request["settings"])
+    if settings.engine == "auto-gptq":
+        from loaders import _autogptq_quantize
+
+        place = Path(request["base"]), Path(request["out"])
+        return _autogptq_quantize.run(*place, settings, device, bool(request.get("overwrite", False)), send)
+    from modules.quantize import _job
+
     job = _job.Job(
         base=Path(request["base"]),
         out=Path(request["out"]),
-        settings=QuantizeSettings(**request["settings"]),
+        settings=settings,
         device=device,
         resume=bool(request.get("resume", True)),
         overwrite=bool(request.get("overwrite", False)),

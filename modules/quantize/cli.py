@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from modules.detect import find_model
 from modules.errors import AppError, IncompatibleModel
 from modules.quantize.process import QuantizeJob, default_out, quantize
-from modules.quantize.settings import BITS, GROUP_SIZES, METHODS, QuantizeSettings
+from modules.quantize.settings import BITS, ENGINES, GROUP_SIZES, METHODS, QuantizeSettings
 
 if TYPE_CHECKING:
     from modules.schema import ModelFiles
@@ -32,6 +32,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--group-size", type=int, choices=GROUP_SIZES, default=defaults.group_size, help="weights per scale; -1: one per column"
     )
     parser.add_argument("--method", choices=METHODS, default=defaults.method, help="gptq, or rtn: round to nearest")
+    parser.add_argument(
+        "--engine", choices=ENGINES, default=defaults.engine, help="who quantises: this product, or the auto-gptq package"
+    )
     parser.add_argument("--desc-act", action="store_true", help="quantise columns by falling activation (act-order)")
     parser.add_argument("--static-groups", action="store_true", help="fix all groups' scales first; with desc-act: faster to run")
     parser.add_argument("--sym", action=argparse.BooleanOptionalAction, default=defaults.sym, help="symmetric grids")
@@ -77,6 +80,7 @@ def settings_of(args: argparse.Namespace) -> QuantizeSettings:
         bits=args.bits,
         group_size=args.group_size,
         method=args.method,
+        engine=args.engine,
         desc_act=args.desc_act,
         static_groups=args.static_groups,
         sym=args.sym,

@@ -17,11 +17,14 @@ from typing import Any
 
 from modules.child_process import end_group, keep_tail
 from modules.errors import BackendUnavailable, LoadError, LoadOutOfMemory, error_from_wire
-from modules.overlays import Overlays
+from modules.overlays import Overlays, start_script
 from modules.quantize.settings import QuantizeSettings, check_settings
 
-OVERLAY = "transformers"
-PROBE = ("torch", "transformers", "accelerate", "safetensors")
+# Engine -> (environment, what must be in it, its title).
+ENVIRONMENTS = {
+    "switchyard": ("transformers", ("torch", "transformers", "accelerate", "safetensors"), "Transformers"),
+    "auto-gptq": ("autogptq", ("torch", "transformers", "auto_gptq"), "AutoGPTQ"),
+}
 _LINE_LIMIT = 1 << 20
 _TAIL_LINES = 40
 OnEvent = Callable[[dict[str, Any]], None]
@@ -64,11 +67,16 @@ async def quantize(job: QuantizeJob, on_event: OnEvent, overlays: Overlays | Non
     """
     check_settings(job.settings)
     overlays = overlays or Overlays.find()
-    missing = [name for name in PROBE if not overlays.has_module(OVERLAY, name)]
-    if missing or not overlays.complete(OVERLAY):
+    overlay, probe, title = ENVIRONMENTS[job.settings.engine]
+    missing = [name for name in probe if not overlays.has_module(overlay, name)]
+    if missing == ["auto_gptq"] and overlays.complete(overlay):
         raise BackendUnavailable(
-            "Quantising needs the Transformers environment, which is not installed.",
-            hint="Install it with `server.py install transformers` or from the Models tab.",
+            "auto-gptq has no wheel for this Python or machine.", hint="Leave --engine out: our own quantiser runs here."
+        )
+    if missing or not overlays.complete(overlay):
+        raise BackendUnavailable(
+            f"Quantising needs the {title} environment, which is not installed.",
+            hint=f"Install it with `{start_script()} install {overlay}` or from the Models tab.",
         )
     request = {
         "base": str(job.base),
@@ -79,18 +87,18 @@ async def quantize(job: QuantizeJob, on_event: OnEvent, overlays: Overlays | Non
         "resume": job.resume,
         "overwrite": job.overwrite,
     }
-    done = await _run(overlays, json.dumps(request), on_event)
+    done = await _run(overlays, overlay, json.dumps(request), on_event)
     return Quantized(Path(done["path"]), done["size_bytes"], done["seconds"], done["mean_loss"], done["layers"])
 
 
-async def _run(overlays: Overlays, request: str, on_event: OnEvent) -> dict[str, Any]:
+async def _run(overlays: Overlays, overlay: str, request: str, on_event: OnEvent) -> dict[str, Any]:
     process = await asyncio.create_subprocess_exec(
-        str(overlays.python(OVERLAY)),
+        str(overlays.python(overlay)),
         "-m",
         "modules.quantize.child",
         request,
         cwd=overlays.root,
-        env=overlays.worker_env(OVERLAY),
+        env=overlays.worker_env(overlay),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,

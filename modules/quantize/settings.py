@@ -12,6 +12,8 @@ from modules.errors import IncompatibleModel, InvalidParameter
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (-1, 32, 64, 128, 256)
 METHODS = ("gptq", "rtn")
+# Who quantises: this product, or the auto-gptq package in its own environment.
+ENGINES = ("switchyard", "auto-gptq")
 # The format's readers unpack 32 values at a time, whatever the bits.
 ROW_MULTIPLE = 32
 
@@ -21,7 +23,7 @@ class QuantizeSettings:
     """The algorithm's settings, under the names of quantize_config.json where it has one.
 
     `damp_percent` is the share of the Hessian's mean diagonal that is added to it. `nsamples` windows of `seqlen` tokens are
-    read from `calibration`: a text file, or "bundled".
+    read from `calibration`: a text file, or "bundled". `engine` is one of ENGINES.
     """
 
     bits: int = 4
@@ -36,12 +38,14 @@ class QuantizeSettings:
     calibration: str = "bundled"
     nsamples: int = 128
     seqlen: int = 512
+    engine: str = "switchyard"
 
     @property
     def tag(self) -> str:
         """The part of a file name that says what this is: GPTQ-4bit-128g."""
         group = f"-{self.group_size}g" if self.group_size > 0 else ""
-        return f"{self.method.upper()}-{self.bits}bit{group}" + ("-actorder" if self.desc_act else "")
+        name = self.method.upper() if self.engine == "switchyard" else "AutoGPTQ"
+        return f"{name}-{self.bits}bit{group}" + ("-actorder" if self.desc_act else "")
 
     @property
     def maxq(self) -> int:
@@ -57,6 +61,7 @@ def check_settings(settings: QuantizeSettings) -> None:
     _one_of("bits", s.bits, BITS)
     _one_of("group_size", s.group_size, GROUP_SIZES)
     _one_of("method", s.method, METHODS)
+    _one_of("engine", s.engine, ENGINES)
     _within("damp", s.damp_percent, 1e-6, 1.0)
     _within("nsamples", s.nsamples, 1, 100_000)
     _within("seqlen", s.seqlen, 8, 1_000_000)
@@ -65,6 +70,12 @@ def check_settings(settings: QuantizeSettings) -> None:
             "desc_act and static_groups order GPTQ's columns; rounding to nearest has no order.",
             hint="Leave them out, or use --method gptq.",
             param="desc_act",
+        )
+    if s.engine == "auto-gptq" and (s.method != "gptq" or s.mse):
+        raise InvalidParameter(
+            "auto-gptq has neither rounding to nearest nor the search for the least error.",
+            hint="Leave --engine out: this product's own quantiser has both.",
+            param="engine",
         )
     if s.static_groups and s.group_size == -1:
         raise InvalidParameter(

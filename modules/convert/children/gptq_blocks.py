@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from modules.convert.gptq import BLOCK
 
+_LARGEST = float(np.finfo(np.float16).max)
 BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
 
 
@@ -38,10 +39,10 @@ def problem(layer: Packed, kind: str) -> str | None:
     blocks = layer.g_idx.reshape(-1, BLOCK)
     if not (blocks == blocks[:, :1]).all():
         return "has groups that are scattered over the inputs (desc_act)"
-    if not np.isfinite(layer.scales.astype(np.float16)).all():
+    if np.abs(layer.scales).max() > _LARGEST:
         return "has scales beyond the range of float16"
     if kind == "Q4_1":
-        if not np.isfinite((layer.scales * layer.zeros).astype(np.float16)).all():
+        if np.abs(layer.scales * layer.zeros).max() > _LARGEST:
             return "has zero points beyond the range of float16"
     elif not (layer.zeros == 1 << (layer.bits - 1)).all():
         return "has zero points where its settings say it is symmetric"
