@@ -25,6 +25,7 @@ from starlette.responses import HTMLResponse
 
 from modules.api import (
     anthropic_routes,
+    conformance_routes,
     docs_page,
     embeddings,
     errors,
@@ -68,6 +69,7 @@ PROTOCOLS = (
     ollama_routes,
     llama_server_routes,
     internal_routes,
+    conformance_routes,
 )
 SAME_SIGNAL_S = 0.5  # a terminal and a start script that passes it on may both deliver one Ctrl-C
 GRACE_S = 2  # for streams that don't end by themselves, after all generations have been stopped

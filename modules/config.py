@@ -227,6 +227,7 @@ COMMANDS = {
     for command in (
         Command("serve", "modules.app", "Serve the page and the API (this is the default)."),
         Command("keys", "modules.keys", "Make, list and revoke API keys."),
+        Command("conformance", "modules.conformance.cli", "Try every protocol on every loader."),
         Command("doctor", "modules.doctor", "Check every loader: installed, importable, device, generation."),
         Command("convert", "modules.convert.cli", "Convert and quantise models."),
         Command("quantize", "modules.quantize.cli", "Make a GPTQ checkpoint of a model."),

@@ -64,7 +64,8 @@ def error_body(error: AppError, path: str = "") -> dict[str, Any]:
     if dialect == "ollama":
         return {"error": message, "code": error.code}
     if dialect == "llama_server":
-        return {"error": {"code": error.http_status, "type": error.openai_type, "message": message, "param": error.param}}
+        named: dict[str, Any] = {"code": error.http_status, "type": error.openai_type, "message": message}
+        return {"error": {**named, "name": error.code, "param": error.param}}
     body = error.openai_body()
     if isinstance(error, Conflict) and error.detail:
         body["error"]["detail"] = error.detail

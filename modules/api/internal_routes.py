@@ -183,7 +183,7 @@ def _add_models(router: APIRouter, services: Services) -> None:
         options: dict[str, Any] | None = None
         warnings: list[str] = []
         if args:
-            chosen = loader or await asyncio.to_thread(_usual_loader, services, body.model_name)
+            chosen: str = loader or await asyncio.to_thread(_usual_loader, services, body.model_name)
             options, warnings = models.options_of(args, services.specs[chosen])
             loader = chosen
         for name in ("settings", "instruction_template", "instruction_template_str"):
