@@ -143,8 +143,8 @@ class FlexModel(flex_opt.OptLM):
         with torch.inference_mode(), self._block(prompts, room):
             self._output.pick = pick
             for i in range(room):
-                if i == self.task.gen_len:
-                    self._grow(min(2 * i, room))
+                if i + 1 == self.task.gen_len < room:  # the package does not store the last token's cache
+                    self._grow(min(2 * (i + 1), room))
                 for done in self._step(i):
                     if stop():
                         return
@@ -275,7 +275,7 @@ class FlexModel(flex_opt.OptLM):
 
     def _grow(self, gen_len: int) -> None:
         """Room for more tokens: new caches with the old ones' content."""
-        used = self.task.prompt_len + self.task.gen_len - 1
+        used = self.task.prompt_len + self.task.gen_len - 2
         wider = np.full((len(self.output_ids), self.task.prompt_len + gen_len), self.config.pad_token_id, dtype=np.int32)
         wider[:, : self.output_ids.shape[1]] = self.output_ids
         self.output_ids = wider

@@ -48,7 +48,7 @@ class NpyWeights:
             found = next((n for n in (name, f"{name}.npy") if n in files), None)
             if found is None and shape.default(name) is None:
                 raise CorruptModel(
-                    f"{name} is missing from the folder.", hint="Convert the model again: it writes what is missing."
+                    f"{name} is missing from the folder.", hint="Convert the model again: it adds what is missing."
                 )
             if found is not None:
                 header = array_header(folder / found, files[found])
@@ -67,7 +67,8 @@ class NpyWeights:
         if path is None:
             return _filled(self.shape, name)
         try:
-            return np.load(path, mmap_mode="r", allow_pickle=False)
+            values: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+            return values
         except (ValueError, OSError, EOFError) as error:
             raise CorruptModel(f"{path.name} can't be read: {error}.", hint="Convert the model again.") from error
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 import traceback
@@ -177,6 +178,8 @@ def grown(folder: Path) -> dict[str, Any]:
 
 def converted(folder: Path, out: Path) -> dict[str, Any]:
     convert(folder, out, "float16", lambda stage, fraction=None: None)
+    for path in folder.glob("*.json"):  # the parent's part of a conversion
+        shutil.copy(path, out)
     return {"before": scores(folder), "after": scores(out), "from disk": scores(out, w_percent="0,0,100")}
 
 

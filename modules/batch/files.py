@@ -52,10 +52,16 @@ class Output:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+b")
-            self._repair()
-            self._read()
         except OSError as error:
             raise _storage(error, path) from error
+        try:
+            self._repair()
+            self._read()
+        except BaseException as error:
+            self._file.close()
+            if isinstance(error, OSError):
+                raise _storage(error, path) from error
+            raise
 
     def _repair(self) -> None:
         """Cut off a last line that was not finished."""

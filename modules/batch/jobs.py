@@ -286,7 +286,8 @@ class BatchJobs:
 
 def _look_through(path: Path) -> tuple[int, str]:
     """(lines, what is wrong when not one of them is a request)."""
-    count, good, problems = 0, 0, []
+    problems: list[str] = []
+    count = good = 0
     for line in read_lines(path):
         count += 1
         good += line.error is None

@@ -87,7 +87,8 @@ class BatchRun:
 
     async def run(self) -> Progress:
         """The final progress. Raises AppError when the batch can't go on; cancelling stops it. Results so far are kept."""
-        self._output, todo, self._total = await asyncio.to_thread(self._open)
+        output, todo, self._total = await asyncio.to_thread(self._open)
+        self._output = output
         active: set[asyncio.Task[dict[str, Any]]] = set()
         try:
             self._tell()
@@ -100,7 +101,7 @@ class BatchRun:
             return self.progress()
         finally:
             await self._end(active)
-            await asyncio.to_thread(self._output.close)
+            await asyncio.to_thread(output.close)
 
     def _open(self) -> tuple[Output, list[int], int]:
         """The output, the numbers of the lines to do, and how many lines there are."""

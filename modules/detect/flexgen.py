@@ -7,11 +7,14 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from modules.detect.draft import Draft, folder_files
+from modules.detect.config_keys import refuse_code
+from modules.detect.draft import Draft, folder_files, read_json
+from modules.detect.opt import opt_shape
 from modules.detect.sniff import kind_of, numpy_header
 from modules.errors import CorruptModel, UnsafeModel
 
 _EMBEDDING = "decoder.embed_tokens.weight"
+_AGAIN = "Convert the OPT model for FlexGen again."
 _FIRST_LAYER = "decoder.layers.0.self_attn.q_proj.weight"
 
 
@@ -32,17 +35,33 @@ def examine_flexgen(path: Path, draft: Draft) -> None:
     draft.files = list(files)
     draft.size_bytes = sum(files.values())
     draft.parameters = 0
+    shapes: dict[str, tuple[int, ...]] = {}
     for name, size in files.items():
         if not name.startswith("decoder."):
             continue
-        shape = array_header(path / name, size).shape
+        shape = shapes[name.removesuffix(".npy")] = array_header(path / name, size).shape
         draft.parameters += math.prod(shape)
         if name.startswith(_EMBEDDING) and shape:
             draft.vocab_size = shape[0]
         if name.startswith("decoder.embed_positions") and shape:
             draft.context_length = max(shape[0] - 2, 1)  # OPT's table has two rows for padding
     if not any(name.startswith(_FIRST_LAYER) for name in files):
-        raise CorruptModel(f"{_FIRST_LAYER} is missing from the folder.", hint="Convert the OPT model for FlexGen again.")
+        raise CorruptModel(f"{_FIRST_LAYER} is missing from the folder.", hint=_AGAIN)
+    if "config.json" not in files:  # it is written last
+        raise CorruptModel(
+            "config.json is missing: the conversion was not finished, or the arrays came without it.",
+            hint="Convert the model again, which goes on where it stopped, or copy the OPT's config.json and tokenizer here.",
+        )
+    config = read_json(path / "config.json")
+    refuse_code("config.json", config)
+    draft.has_chat_template = "chat_template.jinja" in files
+    opt = opt_shape(config)
+    for name, expected in opt.tensors().items():
+        if name not in shapes and opt.default(name) is None:
+            raise CorruptModel(f"{name} is missing from the folder.", hint=_AGAIN)
+        found = shapes.get(name, expected)
+        if found != expected:
+            raise CorruptModel(f"{name} is {found}, but config.json says {expected}.", hint=_AGAIN)
 
 
 @dataclass(frozen=True, slots=True)

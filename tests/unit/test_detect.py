@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import pickle
 import time
 import zipfile
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from modules.detect import check, find_model, inspect, list_models
 from modules.detect.generation_config import generation_defaults
+from modules.detect.opt import opt_shape
 from modules.errors import AppError, CorruptModel, IncompatibleModel, ModelNotFound, UnknownFormat, UnsafeModel
 from tests.unit.model_files import (
     LLAMA,
@@ -182,26 +184,49 @@ def npy(shape: tuple[int, ...], descr: str = "<f2", data: int | None = None) -> 
     return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + bytes(size if data is None else data)
 
 
+OPT = {
+    "model_type": "opt",
+    "architectures": ["OPTForCausalLM"],
+    "num_hidden_layers": 1,
+    "hidden_size": 8,
+    "num_attention_heads": 2,
+    "ffn_dim": 16,
+    "max_position_embeddings": 64,
+    "vocab_size": 50,
+}
+
+
 def flexgen_folder(folder: Path) -> Path:
     folder.mkdir()
-    for name, shape in {
-        "embed_tokens.weight": (50, 8),
-        "embed_positions.weight": (66, 8),
-        "layers.0.self_attn.q_proj.weight": (8, 8),
-    }.items():
-        (folder / f"decoder.{name}").write_bytes(npy(shape))
+    for name, shape in opt_shape(OPT).tensors().items():
+        (folder / name).write_bytes(npy(shape))
+    write_json(folder / "config.json", OPT)
     return folder
 
 
 def test_flexgen_by_its_arrays(tmp_path: Path) -> None:
     folder = flexgen_folder(tmp_path / "opt-np")
     files = check(folder)
-    assert (files.format, files.vocab_size, files.context_length, files.parameters) == ("flexgen", 50, 64, 50 * 8 + 66 * 8 + 64)
+    parameters = sum(math.prod(shape) for shape in opt_shape(OPT).tensors().values())
+    assert (files.format, files.vocab_size, files.context_length, files.parameters) == ("flexgen", 50, 64, parameters)
     (folder / "decoder.layers.0.fc1.weight").write_bytes(npy((8, 8), data=100))
     with pytest.raises(CorruptModel, match="file incomplete"):
         check(folder)
     (folder / "decoder.layers.0.fc1.weight").write_bytes(npy((8, 8), "|O"))
     with pytest.raises(UnsafeModel, match="Python objects"):
+        check(folder)
+
+
+def test_flexgen_arrays_are_a_model_only_when_all_are_there(tmp_path: Path) -> None:
+    folder = flexgen_folder(tmp_path / "opt-np")
+    (folder / "decoder.layers.0.fc2.bias").write_bytes(npy((9,)))
+    with pytest.raises(CorruptModel, match=r"fc2.bias is \(9,\), but config.json says \(8,\)"):
+        check(folder)
+    (folder / "decoder.layers.0.fc2.bias").unlink()
+    with pytest.raises(CorruptModel, match=r"fc2.bias is missing"):
+        check(folder)
+    (folder / "config.json").unlink()
+    with pytest.raises(CorruptModel, match="conversion was not finished"):
         check(folder)
 
 
