@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from modules.errors import CorruptModel, IncompatibleModel
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
 
 # It says at each import that its CUDA kernels are missing; they are not used.
 _QUIET = ("auto_gptq", "auto_gptq.modeling._base", "auto_gptq.modeling._utils", "accelerate.utils.modeling")
@@ -53,12 +55,12 @@ def check_architecture(config: Any) -> None:
 
     if config.model_type not in GPTQ_CAUSAL_LM_MODEL_MAP:
         raise IncompatibleModel(
-            f"auto-gptq {_version()} has no model of type {config.model_type!r}.",
+            f"auto-gptq {version()} has no model of type {config.model_type!r}.",
             hint="Load it with GPTQ-for-LLaMA, which takes any architecture of Transformers.",
         )
 
 
-def _version() -> str:
+def version() -> str:
     from auto_gptq import __version__
 
     return str(__version__)
@@ -123,6 +125,7 @@ def quantize(
 
     `windows` int64 [n, length] is the calibration.
     """
+    import torch
     from auto_gptq import BaseQuantizeConfig
     from auto_gptq.modeling import _base
     from auto_gptq.modeling.auto import GPTQ_CAUSAL_LM_MODEL_MAP
@@ -142,6 +145,8 @@ def quantize(
 @contextmanager
 def _cuda_not_needed(base: Any) -> Iterator[None]:
     """Where there is no CUDA: its first device is the CPU, and there is nothing to wait for."""
+    import torch
+
     if torch.cuda.is_available():
         yield
         return

@@ -27,7 +27,7 @@ SPEC = LoaderSpec(
     title="ExLlama",
     engine="loaders.exllama:ExllamaEngine",
     summary="4-bit GPTQ and EXL2 checkpoints through exllamav2, EXL3 through exllamav3, on NVIDIA GPUs.",
-    formats={"exl3": 100, "exl2": 100, "gptq": 95},
+    formats={"exl3": 100, "exl2": 100, "gptq": 80},
     samplers=hf.SPEC.samplers - _BEAMS,
     options=(
         OptionSpec(
