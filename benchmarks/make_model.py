@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SHAPES = {
     # hidden, layers, ffn, heads, KV heads, vocabulary, context
     "1.1b": (2048, 22, 5632, 32, 4, 32_000, 2048),
+    "29m": (512, 8, 1536, 8, 4, 4096, 2048),
     "260k": (64, 5, 256, 8, 4, 4_096, 512),
 }
 
@@ -37,7 +38,7 @@ def main() -> None:
         num_key_value_heads=kv_heads,
         vocab_size=vocabulary,
         max_position_embeddings=context,
-        tie_word_embeddings=arguments.shape != "1.1b",
+        tie_word_embeddings=arguments.shape == "260k",
         dtype="bfloat16",
     )
     with torch.device("cpu"):

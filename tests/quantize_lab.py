@@ -1,6 +1,6 @@
 """Experiments with torch for tests/unit/test_quantize_models.py, in the Transformers environment (the tests' own has none):
 
-python tests/quantize_lab.py FOLDER EXPERIMENT...     prints one line of JSON: {experiment: result}
+python tests/quantize_lab.py FOLDER     reads names of experiments, prints one line of JSON for each: {"result"} or {"error"}
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import contextlib
 import json
 import shutil
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from loaders import _gptq_linear as kernels  # noqa: E402
 from loaders._gptq_tensors import Unpacked  # noqa: E402
 from modules.errors import AppError  # noqa: E402
 from modules.quantize import _job  # noqa: E402
+from modules.quantize._failures import typed  # noqa: E402
 from modules.quantize._gptq import quantize_gptq, quantize_rtn  # noqa: E402
 from modules.quantize.settings import QuantizeSettings  # noqa: E402
 
@@ -268,10 +270,18 @@ def run_checkpoint(checkpoint: Path, kernel: str) -> Any:
     return load(str(checkpoint), options, lambda _: None)
 
 
+def settings_for(base: Path, **settings: Any) -> QuantizeSettings:
+    """Few and short windows of a short text: reading the bundled sample takes longer than all the rest here."""
+    text = base.parent / "calibration.txt"
+    if not text.exists():
+        text.write_text(TEXT[:30_000], encoding="utf-8")
+    given = {"nsamples": 24, "seqlen": 64, "group_size": 32, "calibration": str(text)}
+    return QuantizeSettings(**given | settings)
+
+
 def quantize(base: Path, out: Path, **settings: Any) -> dict[str, Any]:
     events: list[dict[str, Any]] = []
-    given = {"nsamples": 24, "seqlen": 64, "group_size": 32} | settings
-    result = _job.run(_job.Job(base, out, QuantizeSettings(**given)), events.append)
+    result = _job.run(_job.Job(base, out, settings_for(base, **settings)), events.append)
     return result | {"events": [event for event in events if "layer" in event or "note" in event]}
 
 
@@ -333,7 +343,7 @@ def interrupted(folder: Path) -> Any:
         if event.get("block") == 2:
             raise KeyboardInterrupt
 
-    settings = QuantizeSettings(nsamples=24, seqlen=64, group_size=32)
+    settings = settings_for(base)
     with contextlib.suppress(KeyboardInterrupt):
         _job.run(_job.Job(base, resumed, settings), die)
     visible = resumed.exists()
@@ -352,6 +362,86 @@ def interrupted(folder: Path) -> Any:
         "left": sorted(path.name for path in folder.glob(".*.part")),
         "changed": [e["note"] for e in changed["events"] if "note" in e],
     }
+
+
+def out_of_memory(folder: Path) -> Any:
+    """The memory really runs out in a layer of block 2; then there is enough again. None where no limit can be set."""
+    if sys.platform != "linux":
+        return None
+    import resource
+
+    from transformers import LlamaConfig
+
+    base = folder / "wide"
+    make_model(base, LlamaConfig(**configs()["llama"].to_dict() | {"intermediate_size": 2048}))
+    unlimited = resource.getrlimit(resource.RLIMIT_AS)
+
+    def tighten(event: dict[str, Any]) -> None:
+        if event.get("block") == 2 and event["layer"].endswith("o_proj"):
+            used = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 20), unlimited[1]))  # one Hessian of down_proj takes 16 MiB
+
+    def run(out: str) -> None:
+        try:
+            _job.run(_job.Job(base, folder / out, settings_for(base)), tighten)
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, unlimited)
+
+    return _broken_off(folder, base, run)
+
+
+def full_disk(folder: Path) -> Any:
+    """The disk fills up while block 2 is written, and while the checkpoint is put together."""
+    import errno
+
+    from modules.quantize import _checkpoint
+
+    base = folder / "full"
+    make_model(base, configs()["llama"])
+    sync = _checkpoint.os.fsync
+
+    def run_until(writes: int) -> Any:
+        def run(out: str) -> None:
+            left = [writes]
+
+            def fsync(descriptor: int) -> None:
+                left[0] -= 1
+                if left[0] < 0:
+                    raise OSError(errno.ENOSPC, "No space left on device")
+                sync(descriptor)
+
+            _checkpoint.os.fsync = fsync
+            try:
+                _job.run(_job.Job(base, folder / out, settings_for(base)), lambda event: None)
+            finally:
+                _checkpoint.os.fsync = sync
+
+        return run
+
+    # synced are: the state, two blocks with their losses, the weights, three configurations
+    return {f"after {writes} files": _broken_off(folder, base, run_until(writes)) for writes in (2, 3, 5, 7)}
+
+
+def _broken_off(folder: Path, base: Path, run: Any) -> dict[str, Any]:
+    """What a run that fails says and leaves, and whether the next one ends with the bytes of one that was left alone."""
+    whole = folder / "whole"
+    if not whole.exists():
+        quantize(base, whole)
+    name = f"broken-{len(list(folder.iterdir()))}"
+    try:
+        run(name)
+    except Exception as error:
+        said = typed(error)
+    else:
+        return {"code": "none", "message": "the run ended well"}
+    visible = (folder / name).exists()
+    partial = sorted(path.name for path in (folder / f".{name}.part").rglob("*.tmp"))
+    again = quantize(base, folder / name)
+    same = all(
+        (whole / file).read_bytes() == (folder / name / file).read_bytes() for file in ("model.safetensors", "config.json")
+    )
+    fresh = sum("layer" in event for event in again["events"])
+    return {"code": said.code, "hint": said.hint, "visible": visible, "partial": partial, "same": same, "fresh": fresh}
 
 
 def bad_input(folder: Path) -> Any:
@@ -567,20 +657,27 @@ EXPERIMENTS = {
     "architectures": architectures,
     "variants": variants,
     "interrupted": interrupted,
+    "out_of_memory": out_of_memory,
+    "full_disk": full_disk,
     "bad_input": bad_input,
     "damaged": damaged,
     "trained": trained,
 }
 
 
-def main(folder: str, *names: str) -> None:
+def main(folder: str) -> None:
     torch.set_num_threads(1)  # tiny matrices: a second thread costs more than it gains, most of all on a busy machine
-    found = {}
-    for name in names:
-        target = Path(folder) / name
+    answers = sys.stdout
+    for line in sys.stdin:
+        target = Path(folder) / line.strip()
         target.mkdir(parents=True)
-        found[name] = EXPERIMENTS[name](target)
-    print(json.dumps(found))
+        try:
+            with contextlib.redirect_stdout(sys.stderr):
+                answer = {"result": EXPERIMENTS[line.strip()](target)}
+        except Exception:
+            answer = {"error": traceback.format_exc()}
+        shutil.rmtree(target)
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ process.py       quantize(job, on_event): the child process  child.py     what r
 In the child, with torch:
 _calibration.py  text -> token windows        _tree.py    decoder blocks and linear layers, from the module tree
 _weights.py      tensors of the base, lazily  _grid.py    scales and zero points
-_gptq.py         one layer                    _job.py     block after block, resumable
+_gptq.py         layers that share inputs     _job.py     block after block, resumable
 _packing.py      packed integers (NumPy)      _checkpoint.py  the files of the result
+_names.py        parameters and their keys    _failures.py    errors of Python and torch as the product's
 """

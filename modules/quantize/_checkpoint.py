@@ -7,14 +7,15 @@ Settings stand in config.json (`quantization_config`) and quantize_config.json.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 
@@ -87,8 +88,7 @@ def write_safetensors(path: Path, sources: Iterable[Source]) -> None:
         offset += item.size
     text = json.dumps(header, separators=(",", ":")).encode("utf-8")
     text += b" " * (-len(text) % 8)
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
+    with _replaced(path) as file:
         file.write(len(text).to_bytes(8, "little"))
         file.write(text)
         for item in items:
@@ -96,9 +96,6 @@ def write_safetensors(path: Path, sources: Iterable[Source]) -> None:
             if tuple(tensor.shape) != item.shape:
                 raise ValueError(f"{item.name} changed its shape from {item.shape} to {tuple(tensor.shape)}")
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def write_weights(folder: Path, sources: list[Source], shard_bytes: int = SHARD_BYTES) -> None:
@@ -160,9 +157,20 @@ def write_configs(folder: Path, base: Path, settings: QuantizeSettings, provenan
 
 def write_json(path: Path, value: Any) -> None:
     """Replace a file in one step."""
+    with _replaced(path) as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False).encode("utf-8"))
+
+
+@contextlib.contextmanager
+def _replaced(path: Path) -> Iterator[BinaryIO]:
+    """A file that gets its name when it is whole and on the disk; a broken one leaves nothing."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,13 +1,13 @@
-"""Linear layers that share their input: GPTQ (Frantar, Ashkboos, Hoefler, Alistarh: "GPTQ: Accurate Post-Training Quantization for
-Generative Pre-trained Transformers", 2022, arXiv 2210.17323) and rounding to nearest.
+"""Linear layers with the same inputs: GPTQ (Frantar, Ashkboos, Hoefler, Alistarh: "GPTQ: Accurate Post-Training Quantization
+for Generative Pre-trained Transformers", 2022, arXiv 2210.17323) and rounding to nearest.
 
 Weights are held as [in, out] here: a column of the paper is a row of ours, so that the inner loop runs over memory in order.
 
 The paper walks over the columns with the Cholesky factor of the inverse Hessian. The same numbers come from a factor of the
 Hessian itself: with H = R Rᵀ, R upper triangular, the output's error is |Rᵀ e|² for e = w − ŵ, and its k-th term is
-R[k,k] · (e[k] + Σ_{j<k} R[j,k]/R[k,k] · e[j]). So each weight is rounded after the errors before it, times those ratios, are added: no
-matrix is inverted, and the sum of the terms is the loss. (Chee, Cai, Kuleshov, De Sa: "QuIP", 2023, arXiv 2307.13304, shows that
-the two are one algorithm.)
+R[k,k] · (e[k] + Σ_{j<k} R[j,k]/R[k,k] · e[j]). So each weight is rounded after the errors before it, times those ratios, are
+added: no matrix is inverted, and the sum of the terms is the loss. (Chee, Cai, Kuleshov, De Sa: "QuIP", 2023, arXiv 2307.13304,
+shows that the two are one algorithm.)
 """
 
 from __future__ import annotations

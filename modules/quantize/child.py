@@ -6,7 +6,6 @@ Writes one JSON object per line to the descriptor that was its stdout: the event
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import sys
@@ -14,7 +13,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from modules.errors import AppError, LoadError, LoadOutOfMemory, StorageError, StorageFull
+from modules.errors import AppError
+from modules.quantize._failures import typed
 
 
 def main(request: str) -> int:
@@ -33,7 +33,7 @@ def main(request: str) -> int:
         return 1
     except Exception as error:
         traceback.print_exc()
-        send({"error": _typed(error).to_wire()})
+        send({"error": typed(error).to_wire()})
         return 1
     return 0
 
@@ -65,25 +65,6 @@ def _run(request: dict[str, Any], send: Any) -> dict[str, Any]:
         overwrite=bool(request.get("overwrite", False)),
     )
     return _job.run(job, send)
-
-
-def _typed(error: Exception) -> AppError:
-    """The product's error for what Python and torch raise."""
-    text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or "out of memory" in text or "not enough memory" in text or "can't allocate" in text:
-        return LoadOutOfMemory(
-            "The memory ran out.",
-            hint="Run the same command again to go on from the last finished block, with less --nsamples or --seqlen.",
-        )
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StorageFull(
-            "The disk is full.", hint="Make room and run the same command again: it goes on from the last finished block."
-        )
-    if isinstance(error, OSError):
-        return StorageError(
-            f"A file could not be read or written: {error.strerror or error}.", hint="Check disk and permissions."
-        )
-    return LoadError(f"Quantising failed: {text[:400] or type(error).__name__}.", hint="Report it with the log if it stays.")
 
 
 if __name__ == "__main__":

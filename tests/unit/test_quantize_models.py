@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,31 +18,42 @@ from modules.quantize.settings import QuantizeSettings
 from tests.conftest import ROOT
 
 Lab = Callable[[str], Any]
-_results: dict[str, Any] = {}
 
 
 @pytest.fixture(scope="module")
-def lab(overlays: Overlays, tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    """Run an experiment once; a later test of this module gets the same result."""
+def lab(overlays: Overlays, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """Run an experiment once, all in one process; a later test of this module gets the same result."""
     if not overlays.has_module("transformers", "transformers"):
         pytest.skip("the Transformers environment is not installed")
+    folder = tmp_path_factory.mktemp("lab mödel")
+    results: dict[str, Any] = {}
+    log = folder / "stderr.txt"
+    with (
+        log.open("wb") as errors,
+        subprocess.Popen(
+            [str(overlays.python("transformers")), str(ROOT / "tests" / "quantize_lab.py"), str(folder / "work")],
+            env=overlays.worker_env("transformers"),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            encoding="utf-8",
+        ) as process,
+    ):
+        assert process.stdin is not None and process.stdout is not None
 
-    def run(name: str) -> Any:
-        if name not in _results:
-            folder = tmp_path_factory.mktemp("lab mödel")
-            done = subprocess.run(
-                [str(overlays.python("transformers")), str(ROOT / "tests" / "quantize_lab.py"), str(folder), name],
-                env=overlays.worker_env("transformers"),
-                capture_output=True,
-                text=True,
-                encoding="utf-8",
-                check=False,
-            )
-            assert done.returncode == 0, done.stderr[-4000:]
-            _results[name] = json.loads(done.stdout.splitlines()[-1])[name]
-        return _results[name]
+        def run(name: str) -> Any:
+            if name not in results:
+                process.stdin.write(name + "\n")  # type: ignore[union-attr]
+                process.stdin.flush()  # type: ignore[union-attr]
+                line = process.stdout.readline()  # type: ignore[union-attr]
+                assert line, log.read_text(encoding="utf-8", errors="replace")[-4000:]
+                results[name] = json.loads(line)
+            assert "error" not in results[name], results[name]["error"]
+            return results[name]["result"]
 
-    return run
+        yield run
+        process.stdin.close()
 
 
 # --- one layer -------------------------------------------------------------------------------------------------
@@ -155,6 +166,22 @@ def test_an_interrupted_run_goes_on(lab: Lab) -> None:
     assert any("1 blocks are done" in note for note in found["notes"])
     assert any("starting over" in note for note in found["changed"])
     assert found["left"] == []
+
+
+def test_memory_that_runs_out_in_a_layer(lab: Lab) -> None:
+    found = lab("out_of_memory")
+    if found is None:
+        pytest.skip("this system can't limit a process's memory")
+    assert found["code"] == "out_of_memory_load" and "--nsamples" in found["hint"]
+    assert not found["visible"] and found["same"] and found["fresh"] == 7, "block 1 was not made again"
+
+
+def test_a_full_disk(lab: Lab) -> None:
+    rows = lab("full_disk")
+    for case, found in rows.items():
+        assert found["code"] == "storage_full" and "again" in found["hint"], case
+        assert not found["visible"] and found["partial"] == [] and found["same"], case
+    assert [found["fresh"] for found in rows.values()] == [14, 7, 0, 0]
 
 
 def test_bad_input_to_the_quantiser(lab: Lab) -> None:
