@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from modules.convert.unpickle import convert_pickle
 from modules.overlays import Overlays
 from modules.quantize.process import QuantizeJob, default_out, quantize
 from modules.quantize.settings import QuantizeSettings
@@ -78,6 +79,19 @@ def _gptq(name: str, **settings: Any) -> Callable[[], Path | None]:
     return make
 
 
+@cache
+def _tiny_rwkv() -> Path | None:
+    """The trained v5.2 of ../shared, out of its pickle by our own converter; removed at the end of the session."""
+    data, overlays = shared_data(), Overlays.find(ROOT)
+    if data is None or not overlays.complete("transformers"):
+        return None
+    folder = Path(tempfile.mkdtemp(prefix="switchyard-rwkv-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    source = data / "models" / "tiny-rwkv" / "converted-tiny-rwkv-5v2-730K.pth"
+    out = folder / "tiny-rwkv.safetensors"
+    return asyncio.run(convert_pickle(source, lambda _: None, allow_pickle=True, out=out, overlays=overlays)).path
+
+
 _STORIES = "the data folder ../shared (stories260K)"
 _WREN = "the bundled model"
 _WREN_GPTQ = "the bundled GPTQ model"
@@ -136,6 +150,13 @@ ROWS = (
     Row("autogptq-wren", "autogptq", _bundled("wren-6m-gptq-4bit-128g"), {"threads": 1}, _WREN_GPTQ),
     Row("exllama-wren", "exllama", _bundled("wren-6m-gptq-4bit-128g"), {}, _WREN_GPTQ),
     Row(
+        "flexgen-wren",
+        "flexgen",
+        _bundled("wren-opt-6m"),
+        {"threads": 1, "w_percent": "40,30,30", "cache_percent": "0,100,0", "gpu_batch_size": 2, "num_gpu_batches": 4},
+        _WREN,
+    ),
+    Row(
         "xllamacpp_server-stories",
         "llamacpp",
         _stories("stories260K-f32.gguf"),
@@ -144,4 +165,6 @@ ROWS = (
         "xllamacpp",
         lacks=frozenset({"score", "echo", "min_tokens", "all_samplers"}),
     ),
+    Row("rwkv-wren", "rwkv", _bundled("wren-rwkv-7m"), {"threads": 1}, "the bundled RWKV"),
+    Row("rwkv-tiny", "rwkv", _tiny_rwkv, {"threads": 1, "ctx_size": 512}, "the data folder ../shared (tiny-rwkv)", byte_exact=True),
 )
