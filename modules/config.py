@@ -79,7 +79,7 @@ class Config:
     max_models: int = _option(0, "Models kept loaded at once; 0: as memory allows.", "Models")
     model_switch: str = _option(
         "on",
-        "May an API request load the model it names: off, ask (a notice in the page), on.",
+        "May an API request load the model it names: off, ask (the request waits for a yes on the page), on.",
         "Models",
         choices=("off", "ask", "on"),
     )

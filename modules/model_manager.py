@@ -16,6 +16,7 @@ import time
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from modules import caller
+from modules.approvals import Approvals
 from modules.errors import (
     AppError,
     Conflict,
@@ -103,6 +104,7 @@ class ModelManager:
         self._publish_at = 0.0
         self._publish_timer: asyncio.TimerHandle | None = None
         self._idle_task: asyncio.Task[None] | None = None
+        self.approvals = Approvals(self._changed)
         self.on_active: Callable[[Resident], None] | None = None
 
     # --- what is there ----------------------------------------------------------------------------------------
@@ -142,6 +144,7 @@ class ModelManager:
         return {
             "residents": [to_wire(r) for r in self.residents()],
             "active": self._active_id,
+            "asked": self.approvals.pending(),
             "memory": {"total": total_bytes(), "available": self._available(), "process": self._used(max_age_s=2.0)},
             "state": self.state(),
         }
@@ -548,8 +551,10 @@ class ModelManager:
         if self.switch_policy == "off":
             raise ModelNotFound(f"The model {model.id} is not loaded.", hint="Load it in the page, or use --model-switch on.")
         if self.switch_policy == "ask":
-            self._events.publish("notice", {"level": "info", "text": f"A client asks for the model {model.id}: load it?"})
-            raise Conflict(f"The model {model.id} is not loaded; its operator was asked.", hint="Try again once it is loaded.")
+            await self.approvals.ask(model.id)
+            resident = self._find(model.id)  # the first of those who waited for the answer has begun to load it
+            if resident is not None:
+                return resident
         loading = await self.begin_load(model.id, keep_others=None, activate=False)
         return self._place(loading.id)
 

@@ -183,9 +183,9 @@ def _add_models(router: APIRouter, services: Services) -> None:
         options: dict[str, Any] | None = None
         warnings: list[str] = []
         if args:
-            chosen: str = loader or await asyncio.to_thread(_usual_loader, services, body.model_name)
-            options, warnings = models.options_of(args, services.specs[chosen])
-            loader = chosen
+            if loader is None:
+                loader = await asyncio.to_thread(_usual_loader, services, body.model_name)
+            options, warnings = models.options_of(args, services.specs[loader])
         for name in ("settings", "instruction_template", "instruction_template_str"):
             if getattr(body, name):
                 warnings.append(f"{name} has no effect: generation parameters belong to each request.")

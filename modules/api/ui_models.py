@@ -69,6 +69,15 @@ def build_router(services: Services) -> APIRouter:
         body.end()
         return JSONResponse({"resident": to_wire(await manager.activate(resident))})
 
+    @router.post("/models/approve")
+    async def approve(request: Request) -> JSONResponse:
+        """Under --model-switch ask: load the model that requests wait for, or refuse them."""
+        body = await Body.of(request)
+        model, approved = body.text("model", limit=MAX_NAME), body.flag("approved")
+        body.end()
+        manager.approvals.answer(model, approved)
+        return JSONResponse({})
+
     @router.get("/models/settings")
     async def model_settings(model: str) -> JSONResponse:
         """What is remembered for one model: its backend, and the options that differ from each backend's defaults."""

@@ -104,3 +104,25 @@ def test_the_queue_is_told(launch: Callable[..., Server]) -> None:
     queue = server.http.get(PREFIX + "/queue").json()
     assert queue["running"] == [] and queue["queued"] == []
     assert queue["models"] == [{"model": "echo", "state": "ready", "active": 0, "queued": 0}]
+
+
+def test_ask_lets_the_request_go_on_after_a_yes(launch: Callable[..., Server]) -> None:
+    server = launch("--model-switch", "ask", model=None)
+    answers: list[httpx.Response] = []
+    body = {"model": "echo", "messages": [{"role": "user", "content": "hello"}]}
+
+    def ask() -> None:
+        answers.append(httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60))
+
+    def asked() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = server.http.get("/ui-api/models").json()["asked"]
+        return found
+
+    for approved, status in ((False, 409), (True, 200)):
+        thread = threading.Thread(target=ask)
+        thread.start()
+        server.until(lambda: asked() == [{"model": "echo", "waiting": 1}], "asked")
+        assert server.http.post("/ui-api/models/approve", json={"model": "echo", "approved": approved}).status_code == 200
+        thread.join(30)
+        assert answers.pop().status_code == status and asked() == []
+    assert server.http.post("/ui-api/models/approve", json={"model": "echo", "approved": True}).status_code == 404

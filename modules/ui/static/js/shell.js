@@ -1,6 +1,7 @@
 // The frame around Gradio's pages: top bar, page switch, model state, parameter panel, install progress.
 
 import { on, post } from './api.js';
+import { Approvals } from './approvals.js';
 import { openDialog, openMenu } from './dialog.js';
 import { bytes, h, isPhone, local } from './dom.js';
 import { icon, logo } from './icons.js';
@@ -38,6 +39,7 @@ class Shell {
     new ResizeObserver(() => root.closest('body').style.setProperty('--sy-nav-end', `${Math.round(this.nav.getBoundingClientRect().right)}px`)).observe(this.nav);
     this.installs = new InstallBar();
     document.querySelector('#sy-shell').after(this.installs.element);
+    document.querySelector('#sy-shell').after(new Approvals().element);
     this.offline = h('div', { class: 'sy-offline', role: 'alert', hidden: true }, icon('warning', 18), 'The server does not answer. What you type is kept; this page reconnects by itself.');
     document.body.append(this.offline);
     on('offline', () => (this.offlineTimer ??= setTimeout(() => (this.offline.hidden = false), 2500)));
