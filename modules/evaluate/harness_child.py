@@ -145,7 +145,12 @@ def _numbers(values: dict[str, Any]) -> dict[str, float]:
     found = {}
     for key, value in values.items():
         name, _, filtered = key.partition(",")
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value:
+        if (
+            key not in ("sample_len", "alias")
+            and isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and value == value
+        ):
             found[name if filtered in ("", "none") else f"{name} ({filtered})"] = float(value)
     return found
 

@@ -61,6 +61,11 @@ async def perplexity(
     `part` gets the state after each window, to be kept for a resumed run. Raises InvalidParameter for a text that is too
     short and GenerationFailed for numbers that are not finite.
     """  # fmt: skip
+    spec = subject.client.spec
+    if "score" not in spec.features:
+        raise IncompatibleModel(
+            f"{spec.title} can't score text, which perplexity needs.", hint="Load the model through another backend."
+        )
     await on_step(0.0, "reading the text")
     ids = await subject.client.encode(text.content, plan.windows == "papers")
     context = context_of(subject, plan)

@@ -87,7 +87,7 @@ class EvaluatePage {
     this.questions.value = questions.questions.join('\n');
     this.answerTokens = numberInput(questions.max_tokens, { min: 1 });
     this.reference = select([], '');
-    this.askBox = h('div', { class: 'sy-fields', hidden: true }, field('System prompt', this.system), field('Questions, one per line', this.questions), field('Tokens per answer', this.answerTokens), field('Ground truth', this.reference));
+    this.askBox = h('div', { class: 'sy-fields', hidden: true }, field('System prompt', this.system, '', true), field('Questions, one per line', this.questions), field('Tokens per answer', this.answerTokens), field('Ground truth', this.reference));
     this.tasks = textInput('', { placeholder: 'lambada_openai, arc_easy', testid: 'evaluate-tasks' });
     this.limit = numberInput('', { min: 1 });
     this.limit.placeholder = 'all';

@@ -6,11 +6,11 @@ let serial = 0;
 const nextId = () => `sy-f-${(serial += 1)}`;
 
 /** A label over a control, with help below it. */
-export function field(label, control, help = '') {
+export function field(label, control, help = '', wide = false) {
   control.id ||= nextId();
   const hint = help ? h('p', { class: 'sy-field-help', id: `${control.id}-help` }, help) : '';
   if (help) control.setAttribute('aria-describedby', `${control.id}-help`);
-  return h('div', { class: 'sy-field' }, h('label', { for: control.id }, label), control, hint);
+  return h('div', { class: wide ? 'sy-field sy-wide' : 'sy-field' }, h('label', { for: control.id }, label), control, hint);
 }
 
 export function numberInput(value, { min, max, step = 1, testid } = {}) {
