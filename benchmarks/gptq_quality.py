@@ -1,133 +1,119 @@
-"""Perplexity and size of a model: as it is, rounded to nearest, and with GPTQ, by bits and group size.
+"""Perplexity, size, memory and speed: float32, round to nearest, our GPTQ and GPTQModel's, by bits and group size.
 
-    <transformers environment>/bin/python benchmarks/gptq_quality.py models/wren-6m [--text FILE] [--bits 4 3] [--json FILE]
+    ./start_linux.sh run benchmarks/gptq_quality.py [--model FOLDER] [--text FILE] [--gptqmodel ENVIRONMENT/bin/python] [--quick]
 
-The text (default: the recipe's own generator with another seed than the calibration sample's) is cut into windows of the context
-length that do not overlap; perplexity is exp of the mean NLL of their tokens but the first of each, in float32 by dequantised
-weights, as in the GPTQ paper. "damage" is the perplexity lost, as a share of what rounding to nearest loses.
+The text (default: dialogue of the recipe's own generator, other draws than the calibration sample's) is cut into windows of the
+context length that do not overlap; perplexity is exp of the mean NLL of their tokens but the first of each, in float32 by
+dequantised weights, as in the GPTQ paper. "damage" is the perplexity lost, as a share of what rounding to nearest loses at the
+same bits and groups. Speed and memory are those of the packed int4 kernel. docs/generate.py makes the table of docs/gptq.md of it.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import platform
+import os
+import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
+from common import ROOT, report
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from modules.overlays import Overlays
 
-from sample_text import sample_text  # noqa: E402
-
-from loaders._gptq_load import load  # noqa: E402
-from loaders.gptq_for_llama import SPEC  # noqa: E402
-from modules.quantize import _job  # noqa: E402
-from modules.quantize.settings import QuantizeSettings  # noqa: E402
+# What is recommended for quality: act-order with fixed groups costs nothing at run time, and such files can become GGUF.
+BEST = {"desc_act": True, "static_groups": True, "mse": True}
 
 
-def perplexity(model: Any, windows: torch.Tensor) -> float:
-    """exp of the mean NLL over all tokens of `windows` [n, length] but each row's first."""
-    total = 0.0
-    with torch.inference_mode():
-        for row in windows:
-            logits = model(row[None]).logits[0, :-1].float()
-            total += float(torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum"))
-    return float(torch.tensor(total / (windows.shape[0] * (windows.shape[1] - 1))).exp())
+def wanted_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    grid = [(4, 128), (3, 128)] if arguments.quick else [(8, 128), (4, -1), (4, 128), (4, 32), (3, 128), (3, 32), (2, 32)]
+    rows: list[dict[str, Any]] = []
+    for bits, group in grid:
+        shape = {"bits": bits, "group_size": group}
+        calibration = {"nsamples": arguments.nsamples, "seqlen": 512}
+        rows.append({"label": "RTN", "method": "rtn"} | shape)
+        rows.append({"label": "GPTQ", "method": "gptq"} | shape | calibration)
+        if group > 0 and bits < 8:
+            rows.append({"label": "GPTQ, act-order, MSE", "method": "gptq"} | shape | calibration | BEST)
+    return rows
 
 
-def size_mb(folder: Path) -> float:
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e6
+def run(python: Path, script: str, job: dict[str, Any], folder: Path) -> dict[str, Any]:
+    path = folder / "job.json"
+    path.write_text(json.dumps(job), encoding="utf-8")
+    command = [str(python), str(ROOT / "benchmarks" / script), str(path)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, encoding="utf-8", check=False)
+    if done.returncode:
+        raise SystemExit(f"{script} failed")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def packed(checkpoint: Path, kernel: str) -> Any:
-    options = {option.name: option.default for option in SPEC.options} | {"kernel": kernel}
-    return load(str(checkpoint), options, lambda _: None).model
+def with_gptqmodel(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Checkpoints by GPTQModel at the settings of our plain rows."""
+    rows = []
+    for bits in (4, 3):
+        out = folder / f"gptqmodel-{bits}"
+        job = {
+            "engine": "gptqmodel", "base": str(arguments.model), "out": str(out), "calibration": "bundled", "bits": bits,
+            "nsamples": arguments.nsamples, "seqlen": 512, "group_size": 128, "sym": True, "desc_act": False, "damp": 0.01,
+            "threads": arguments.threads,
+        }  # fmt: skip
+        made = run(arguments.gptqmodel, "quantize_run.py", job, folder)
+        label = f"GPTQModel {made['version']}"
+        rows.append({"label": label, "method": "gptqmodel", "bits": bits, "group_size": 128, "made": str(out)})
+    return rows
 
 
-def rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    import transformers
-
-    transformers.utils.logging.disable_progress_bar()
-    base = Path(arguments.model).resolve()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(base)
-    text = Path(arguments.text).read_text(encoding="utf-8") if arguments.text else sample_text(2, arguments.size)
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
-    original = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
-    length = min(arguments.context, int(original.config.max_position_embeddings))
-    windows = ids[: len(ids) // length * length].reshape(-1, length)
-    table = [{"method": "float32", "bits": 32, "group": "", "size_mb": size_mb(base), "ppl": perplexity(original, windows)}]
-    print(table[0] | {"windows": list(windows.shape)}, file=sys.stderr)
-    del original
-    for bits in arguments.bits:
-        for group in arguments.group_size:
-            for method in ("rtn", "gptq"):
-                settings = QuantizeSettings(
-                    bits=bits, group_size=group, method=method, nsamples=arguments.nsamples, seqlen=min(length, 512)
-                )
-                with tempfile.TemporaryDirectory() as folder:
-                    out = Path(folder) / "model"
-                    started = time.monotonic()
-                    _job.run(_job.Job(base, out, settings), lambda _: None)
-                    row = {
-                        "method": method,
-                        "bits": bits,
-                        "group": group,
-                        "size_mb": size_mb(out),
-                        "ppl": perplexity(packed(out, "dense"), windows),
-                        "quantise_s": time.monotonic() - started,
-                    }
-                    if method == "gptq" and arguments.int4:
-                        row["ppl_int4"] = perplexity(packed(out, "int4"), windows)
-                table.append(row)
-                print(row, file=sys.stderr)
-    for row in table[1:]:
-        rtn = next(r for r in table if (r["method"], r["bits"], r["group"]) == ("rtn", row["bits"], row["group"]))
-        lost = rtn["ppl"] - table[0]["ppl"]
-        row["damage"] = (row["ppl"] - table[0]["ppl"]) / lost if lost > 0 else None
-    return table
+def damages(rows: list[dict[str, Any]]) -> None:
+    """Add to each row the perplexity it lost as a share of RTN's, and beside GPTQModel's rows the ratio of ours to theirs."""
+    for row in rows[1:]:
+        shape = (row["bits"], row["group_size"])
+        same = {other["label"]: other for other in rows[1:] if (other["bits"], other["group_size"]) == shape}
+        lost = same["RTN"]["ppl"] - rows[0]["ppl"]
+        row["damage"] = (row["ppl"] - rows[0]["ppl"]) / lost if lost > 0 else None
+        if row["method"] == "gptqmodel":
+            row["ours_over_theirs"] = same["GPTQ"]["ppl"] / row["ppl"]
 
 
-def markdown(table: list[dict[str, Any]]) -> str:
-    lines = [
-        "| method | bits | group | size, MB | perplexity | damage, share of RTN's | int4 kernel |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in table:
-        damage = "" if row.get("damage") is None else f"{row['damage']:.2f}"
-        int4 = f"{row['ppl_int4']:.4f}" if "ppl_int4" in row else ""
-        cells = [row["method"], row["bits"], row["group"], f"{row['size_mb']:.2f}", f"{row['ppl']:.4f}", damage, int4]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+def rounded(row: dict[str, Any]) -> dict[str, Any]:
+    digits = {"size_mb": 2, "memory_mb": 1, "ppl": 4, "ppl_int4": 4, "tok_s": 0, "damage": 3, "ours_over_theirs": 4}
+    return {key: round(value, digits[key]) if key in digits and value is not None else value for key, value in row.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="a Hugging Face folder in 16 or 32 bits")
-    parser.add_argument("--text", help="UTF-8 text to measure on")
-    parser.add_argument("--size", type=int, default=60_000, help="characters of generated text, without --text")
-    parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--bits", type=int, nargs="+", default=[8, 4, 3, 2])
-    parser.add_argument("--group-size", type=int, nargs="+", default=[128])
-    parser.add_argument("--nsamples", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--int4", action="store_true", help="also measure through the int4 kernel (bf16 activations)")
-    parser.add_argument("--json", type=Path, help="also write the table here")
+    parser.add_argument("--model", type=Path, default=ROOT / "models" / "wren-6m", help="a Hugging Face folder in 16 or 32 bits")
+    parser.add_argument("--text", default="", help="UTF-8 text to measure on")
+    parser.add_argument("--characters", type=int, default=150_000, help="of the text")
+    parser.add_argument("--context", type=int, default=1024)
+    parser.add_argument("--nsamples", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--gptqmodel", type=Path, help="Python of an environment with GPTQModel, to compare with")
+    parser.add_argument("--quick", action="store_true", help="4 and 3 bits in groups of 128 only")
     arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    with contextlib.redirect_stdout(sys.stderr):
-        table = rows(arguments)
-    versions = {"torch": torch.__version__, "cpu": platform.processor() or platform.machine(), "model": str(arguments.model)}
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"versions": versions, "rows": table}, indent=1), encoding="utf-8")
-    print(markdown(table))
+    arguments.model = arguments.model.resolve()
+    python = Overlays.find(ROOT).python("transformers")
+    with report("gptq_quality") as figures, tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        job = {
+            "base": str(arguments.model), "text": arguments.text, "characters": arguments.characters, "folder": name,
+            "context": arguments.context, "threads": arguments.threads, "rows": wanted_rows(arguments),
+        }  # fmt: skip
+        if arguments.gptqmodel:
+            job["rows"] += with_gptqmodel(arguments, folder)
+        result = run(python, "quality_run.py", job, folder)
+        damages(result["rows"])
+        figures.update(
+            model=arguments.model.name,
+            text=Path(arguments.text).name if arguments.text else "held-out dialogue",
+            windows=result["windows"],
+            torch=result["torch"],
+            calibration=f"bundled, {arguments.nsamples} windows of 512 tokens",
+            rows=[rounded(row) for row in result["rows"]],
+        )
+        print(json.dumps(figures["rows"], indent=1), file=sys.stderr)
 
 
 if __name__ == "__main__":

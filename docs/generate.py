@@ -111,8 +111,41 @@ def headlines() -> str:
     return table(["measured", "figure"], rows)
 
 
+def gptq() -> str:
+    """Quantisations of one model, by bits and group size."""
+    path = ROOT / "benchmarks" / "results" / "gptq_quality.json"
+    if not path.is_file():
+        return ""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    found = result["figures"]
+    rows = [
+        [
+            str(row["label"]),
+            str(row["bits"]),
+            {"": "", -1: "column"}.get(row["group_size"], str(row["group_size"])),
+            f"{row['size_mb']:.2f}",
+            f"{row['memory_mb']:.1f}",
+            f"{row['ppl']:.4f}",
+            "" if row.get("damage") is None else f"{row['damage']:.2f}",
+            f"{row['ppl_int4']:.4f}" if "ppl_int4" in row else "",
+            f"{row['tok_s']:.0f}",
+        ]
+        for row in found["rows"]
+    ]
+    head = ["method", "bits", "group", "file, MB", "weights in memory, MB", "perplexity", "lost ÷ RTN's loss", "int4 kernel", "tok/s"]
+    count, length = found["windows"]
+    return (
+        table(head, rows) + f"\n{found['model']}, {found['text']}: {count} windows of {length} tokens; calibration: "
+        f"{found['calibration']}. {result['hardware']['cpu']}, {result['hardware']['cores']} cores, torch {found['torch']}; "
+        f"`{result['command']}`.\n"
+    )
+
+
 def _short(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, (dict, list)) else f"{value:g}" if isinstance(value, float) else str(value)
+    if isinstance(value, (dict, list)):
+        text = json.dumps(value)
+        return text if len(text) < 400 else f"({len(value)} entries)"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 GENERATORS: dict[str, Callable[[], str]] = {
@@ -121,6 +154,7 @@ GENERATORS: dict[str, Callable[[], str]] = {
     "parameters": parameters,
     "errors": errors,
     "figures": figures,
+    "gptq": gptq,
     "headlines": headlines,
 }
 
