@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import json
 import os
@@ -22,7 +23,6 @@ from modules.detect.safetensors_header import read_safetensors_header
 from modules.detect.weights import find_weights
 from modules.errors import (
     AppError,
-    BackendUnavailable,
     CorruptModel,
     IncompatibleModel,
     InvalidParameter,
@@ -61,7 +61,9 @@ def load(path: str, options: Mapping[str, Any], progress: Progress) -> Loaded:
     text, sidecars = read_text(place, shape.vocab, options["tokenizer"])
     progress(LoadProgress("Reading weights", 0.0))
     try:
-        model = _read_model(file, strategy)
+        model = _read_model(file, strategy, progress)
+        if options["ln_x_eps"]:
+            _set_eps(options["ln_x_eps"], shape.version)
     except AppError:
         raise
     except Exception as error:
@@ -124,28 +126,32 @@ def checked_strategy(text: str, shape: RwkvShape, *, cuda: bool) -> str:
 
 
 def _set_switches(version: str, *, kernel: bool) -> None:
-    """The package decides at import what it is: one worker process holds one model, so one decision is enough."""
+    """The package decides at import what it is, so this comes before it."""
     os.environ["RWKV_JIT_ON"] = "0"
     os.environ["RWKV_CUDA_ON"] = "1" if kernel else "0"
     os.environ["RWKV_V7_ON"] = "1" if version == "7" else "0"
     if "torch" not in sys.modules:
         os.environ["PYTORCH_JIT"] = "0"  # version 7 compiles its functions whatever RWKV_JIT_ON says
-    if "rwkv.model" in sys.modules:
-        raise BackendUnavailable("This worker holds a model already.", hint="Load the model again.")
+    sys.modules.pop("rwkv.model", None)  # of an earlier load: what it decided at import may be wrong for this model
 
 
-def _read_model(file: Path, strategy: str) -> Any:
+def _read_model(file: Path, strategy: str, progress: Progress) -> Any:
     """The package's model over the file's tensors: it only knows pickles, so it is handed the table that it would read."""
-    from safetensors.torch import load_file
+    from safetensors import safe_open
 
-    tensors = load_file(file)
+    tensors: dict[str, Any] = {}
+    with safe_open(file, framework="pt") as weights:
+        names = list(weights.keys())
+        for number, name in enumerate(names, 1):
+            tensors[name] = weights.get_tensor(name)
+            if number == len(names) or number % 32 == 0:
+                progress(LoadProgress("Reading weights", number / len(names)))
     with contextlib.redirect_stdout(sys.stderr):
-        import rwkv.model
-
-        with _handed_over(rwkv.model.torch, tensors):
+        package = importlib.import_module("rwkv.model")
+        with _handed_over(package.torch, tensors):
             if os.environ["RWKV_V7_ON"] == "1":
-                return rwkv.model.RWKV(model=str(file), strategy=strategy)
-            return rwkv.model.RWKV(model=str(file), strategy=strategy, verbose=False)
+                return package.RWKV(model=str(file), strategy=strategy)
+            return package.RWKV(model=str(file), strategy=strategy, verbose=False)
 
 
 @contextlib.contextmanager
@@ -157,6 +163,28 @@ def _handed_over(torch: Any, tensors: dict[str, Any]) -> Iterator[None]:
         yield
     finally:
         torch.load = kept
+
+
+class _Functional:
+    """`torch.nn.functional` with another epsilon in `group_norm`, for the package's module alone."""
+
+    def __init__(self, functional: Any, eps: float) -> None:
+        self._functional, self._eps = functional, eps
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._functional, name)
+        setattr(self, name, found)  # looked up once
+        return found
+
+    def group_norm(self, *args: Any, eps: float = 0.0, **named: Any) -> Any:
+        return self._functional.group_norm(*args, **named, eps=self._eps)
+
+
+def _set_eps(eps: float, version: str) -> None:
+    if version not in ("5", "5.1", "5.2", "6"):
+        raise InvalidParameter(f"An RWKV v{version} has no ln_x_eps to set.", hint="Leave ln_x_eps at 0.", param="ln_x_eps")
+    package: Any = sys.modules["rwkv.model"]
+    package.F = _Functional(package.F, eps)
 
 
 # --- tokenizer ------------------------------------------------------------------------------------------------------

@@ -78,6 +78,16 @@ SPEC = LoaderSpec(
             aliases=("rwkv_cuda_on",),
             advanced=True,
         ),
+        OptionSpec(
+            "ln_x_eps",
+            "float",
+            0.0,
+            "Versions 5 and 6: epsilon of the norm after the heads. 0 is the package's 0.00064; a model that was trained without "
+            "the usual division by 8 needs 0.00001.",
+            minimum=0,
+            maximum=1,
+            advanced=True,
+        ),
         OptionSpec("threads", "int", 0, "CPU threads; 0 is one per core.", minimum=0, maximum=1024),
         OptionSpec("prefill_chunk", "int", 256, "Tokens per step of the prefill.", minimum=16, maximum=65_536, advanced=True),
     ),
