@@ -5,7 +5,7 @@
 The text (default: dialogue of the recipe's own generator, other draws than the calibration sample's) is cut into windows of the
 context length that do not overlap; perplexity is exp of the mean NLL of their tokens but the first of each, in float32 by
 dequantised weights, as in the GPTQ paper. "damage" is the perplexity lost, as a share of what rounding to nearest loses at the
-same bits and groups. Speed and memory are those of the packed int4 kernel. docs/generate.py makes the table of docs/gptq.md of it.
+same bits and groups. Speed and memory are the packed int4 kernel's. docs/generate.py makes the table of docs/gptq.md of it.
 """
 
 from __future__ import annotations

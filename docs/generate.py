@@ -132,7 +132,7 @@ def gptq() -> str:
         ]
         for row in found["rows"]
     ]
-    head = ["method", "bits", "group", "file, MB", "weights in memory, MB", "perplexity", "lost ÷ RTN's loss", "int4 kernel", "tok/s"]
+    head = ["method", "bits", "group", "file, MB", "weights, MB", "perplexity", "lost ÷ RTN's", "int4 kernel", "tok/s"]
     count, length = found["windows"]
     return (
         table(head, rows) + f"\n{found['model']}, {found['text']}: {count} windows of {length} tokens; calibration: "

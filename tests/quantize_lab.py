@@ -464,6 +464,15 @@ def bad_input(folder: Path) -> Any:
     weights = cut / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     quantize(base, folder / "good")
+
+    def no_room() -> None:
+        usage = shutil.disk_usage
+        shutil.disk_usage = lambda path: usage(path)._replace(free=1000)
+        try:
+            quantize(base, folder / "o9")
+        finally:
+            shutil.disk_usage = usage
+
     return {
         "ffn": _error(lambda: quantize(odd, folder / "o1")),
         "group": _error(lambda: quantize(base, folder / "o2", group_size=256)),
@@ -474,6 +483,7 @@ def bad_input(folder: Path) -> Any:
         "cut": _error(lambda: quantize(cut, folder / "o7")),
         "twice": _error(lambda: quantize(base, folder / "good")),
         "quantised": _error(lambda: quantize(folder / "good", folder / "o8")),
+        "no room": _error(no_room),
         "made": sorted(path.name for path in folder.glob("o?")),
     }
 

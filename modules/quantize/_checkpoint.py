@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import torch
 
 from modules.quantize._packing import pack_rows, pack_zeros
+from modules.quantize.provenance import FILE as PROVENANCE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from modules.quantize.settings import QuantizeSettings
 
 SHARD_BYTES = 4 << 30
-PROVENANCE = "switchyard_quantization.json"
 _DTYPES = {
     torch.float32: "F32",
     torch.float16: "F16",

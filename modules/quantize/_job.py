@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from modules.errors import AppError, Conflict, IncompatibleModel, InvalidParameter
+from modules.errors import AppError, Conflict, IncompatibleModel, InvalidParameter, StorageFull
 from modules.quantize import _tree as tree
 from modules.quantize._calibration import Calibration, read_calibration
 from modules.quantize._checkpoint import (
@@ -85,6 +85,7 @@ def run(job: Job, on_event: OnEvent) -> dict[str, Any]:
     base = BaseModel(job.base)
     blocks = tree.find_blocks(base.model)
     _check_layers(blocks, job.settings)
+    _ask_for_space(job, base, blocks)
     calibration = _calibration(base, job, on_event) if job.settings.method == "gptq" else None
     on_event({"stage": "Hashing the base model"})
     state = _state(job, base, calibration)
@@ -101,6 +102,28 @@ def _check_layers(blocks: tree.Blocks, settings: QuantizeSettings) -> None:
     for name, layer in tree.linears(blocks.modules[0]).items():
         rows, columns = tree.weight_in_out(layer).shape
         check_layer(f"{blocks.name}.0.{name}", rows, columns, settings)
+
+
+def _ask_for_space(job: Job, base: BaseModel, blocks: tree.Blocks) -> None:
+    """Raise StorageFull now rather than after hours: the finished blocks and the result are on the disk at once."""
+    bits, size = job.settings.bits, job.settings.group_size
+    packed = elements = 0
+    for block in blocks.modules:
+        for layer in tree.linears(block).values():
+            rows, columns = tree.weight_in_out(layer).shape
+            groups = rows // size if size > 0 else 1
+            packed += rows * columns * bits // 8 + groups * columns * (2 + bits // 8 + 1) + rows * 4
+            elements += rows * columns
+    rest = sum(entry.elements for _, entry in base.entries.values()) - elements
+    there = sum(path.stat().st_size for path in job.work.glob("block-*")) if job.work.is_dir() and job.resume else 0
+    needed = 2 * packed + 2 * max(rest, 0) - there
+    folder = next(parent for parent in job.out.absolute().parents if parent.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise StorageFull(
+            f"Quantising needs about {needed / 1e6:,.0f} MB in {folder}, the disk has {free / 1e6:,.0f} MB free.",
+            hint="Free some space, or choose a folder on another disk with --out.",
+        )
 
 
 def _calibration(base: BaseModel, job: Job, on_event: OnEvent) -> Calibration:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from modules.detect import find_model
 from modules.errors import AppError, IncompatibleModel
 from modules.quantize.process import QuantizeJob, default_out, quantize
+from modules.quantize.provenance import described, read_provenance
 from modules.quantize.settings import BITS, ENGINES, GROUP_SIZES, METHODS, QuantizeSettings
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+    parser.add_argument("--show", action="store_true", help="say how the GPTQ checkpoint MODEL was made, and stop")
     parser.add_argument("--restart", action="store_true", help="forget what an interrupted run left")
     return parser
 
@@ -64,7 +66,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 def run(args: argparse.Namespace, config: Any) -> int:
     """Exit status: 0 done, 1 failed, 130 interrupted."""
     try:
-        asyncio.run(_quantize(args, config))
+        if args.show:
+            model = find_model(args.source, config.model_dirs, allow_paths=True)
+            print("\n".join(described(read_provenance(Path(model.path)))))
+        else:
+            asyncio.run(_quantize(args, config))
     except KeyboardInterrupt:
         print("\nStopped. The same command goes on after the last finished block.", file=sys.stderr)
         return 130

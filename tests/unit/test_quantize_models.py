@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -196,6 +199,7 @@ def test_bad_input_to_the_quantiser(lab: Lab) -> None:
         "cut": ("corrupt_model", "model.safetensors"),
         "twice": ("conflict", "--overwrite"),
         "quantised": ("incompatible_model", "quantised already"),
+        "no room": ("storage_full", "needs about"),
     }
     assert {name: row[0] for name, row in found.items() if name != "made"} == {name: row[0] for name, row in expected.items()}
     for name, (_, words) in expected.items():
@@ -231,21 +235,24 @@ def test_broken_checkpoints_are_refused(lab: Lab) -> None:
 # --- the child process -----------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def base(overlays: Overlays, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def make_base(overlays: Overlays, folder: Path, layers: int = 2) -> Path:
     if not overlays.has_module("transformers", "transformers"):
         pytest.skip("the Transformers environment is not installed")
-    folder = tmp_path_factory.mktemp("child") / "tiny llama ü"
     script = "import sys; sys.path[:0] = ['.', 'tests']; import quantize_lab as q; from pathlib import Path\n"
-    script += "q.make_model(Path(sys.argv[1]), q.configs()['llama'])"
+    script += "c = q.configs()['llama']; c.num_hidden_layers = int(sys.argv[2]); q.make_model(Path(sys.argv[1]), c)"
     subprocess.run(
-        [str(overlays.python("transformers")), "-c", script, str(folder)],
+        [str(overlays.python("transformers")), "-c", script, str(folder), str(layers)],
         cwd=ROOT,
         env=overlays.worker_env("transformers"),
         capture_output=True,
         check=True,
     )
     return folder
+
+
+@pytest.fixture(scope="module")
+def base(overlays: Overlays, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base(overlays, tmp_path_factory.mktemp("child") / "tiny llama ü")
 
 
 def test_cancel_kills_the_child_and_the_same_job_goes_on(overlays: Overlays, base: Path, tmp_path: Path) -> None:
@@ -279,6 +286,45 @@ def test_cancel_kills_the_child_and_the_same_job_goes_on(overlays: Overlays, bas
     files = check(job.out)
     assert files.format == "gptq" and files.quantization is not None
     assert (files.quantization.bits, files.quantization.group_size, files.quantization.desc_act) == (4, 32, False)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a signal to one process")
+def test_ctrl_c_at_the_command_line(overlays: Overlays, tmp_path: Path) -> None:
+    """The command stops with its own exit status, the same command goes on, and --show tells how the result was made."""
+    base = make_base(overlays, tmp_path / "base", layers=10)
+    command = [sys.executable, "server.py", "quantize", str(base), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    command += ["--group-size", "32", "--nsamples", "16", "--seqlen", "64", "--desc-act", "--static-groups", "--mse", "--asym"]
+    environment = os.environ | {"SWITCHYARD_SET": str(overlays.set_dir), "OMP_NUM_THREADS": "1"}
+    pipes: dict[str, Any] = {
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.PIPE,
+        "encoding": "utf-8",
+        "env": environment,
+        "cwd": ROOT,
+    }
+    with subprocess.Popen(command, **pipes) as process:
+        assert process.stdout is not None and process.stderr is not None
+        for line in process.stdout:
+            if "block 2/10" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        assert "goes on after the last finished block" in process.stderr.read()
+    assert process.returncode == 130
+    assert not (tmp_path / "out").exists() and (tmp_path / ".out.part" / "block-0000.json").is_file()
+    done = subprocess.run(command, **pipes, check=True)
+    assert "Going on where" in done.stdout and "block 1/10" not in done.stdout and "100%" in done.stdout
+    shown = subprocess.run([*command[:3], str(tmp_path / "out"), "--show"], **pipes, check=True).stdout
+    for part in (
+        "GPTQ, 4 bits, groups of 32, with zero points, desc-act",
+        "static-groups",
+        "mse",
+        "bundled: 16 windows of 64",
+        "sha256",
+    ):
+        assert part in shown
+    assert shown.count("mlp.down_proj") == 10
+    refused = subprocess.run([*command[:3], str(base), "--show"], **pipes, check=False)
+    assert refused.returncode == 1 and "does not say how it was made" in refused.stderr
 
 
 def test_without_the_environment_the_fix_is_named(tmp_path: Path) -> None:
