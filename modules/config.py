@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import ConfigError
-from modules.foreign_flags import FOREIGN_FLAGS, TRANSLATED
+from modules.foreign_flags import BARE, FOREIGN_FLAGS, TRANSLATED
 from modules.options import ROOT as ROOT
 from modules.options import Formatter, Kind, Option, Parser, add_options, build_parser, sample_file
 
@@ -373,7 +373,9 @@ def adopt_foreign_flags(line: Sequence[str], known: set[str]) -> tuple[list[str]
         word = words.pop(0)
         flag, equals, value = word.partition("=")
         why = FOREIGN_FLAGS.get(flag)
-        if flag in known or (flag not in TRANSLATED and why is None):
+        if flag in BARE and not equals and (not words or words[0].startswith("--") or words[0] in COMMANDS):
+            kept += [flag, BARE[flag]]
+        elif flag in known or (flag not in TRANSLATED and why is None):
             kept.append(word)
         elif flag in TRANSLATED:
             template = TRANSLATED[flag]

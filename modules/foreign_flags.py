@@ -24,6 +24,9 @@ TRANSLATED: dict[str, tuple[str, ...]] = {
     "--cache-type": ("--cache-type-k", "{}", "--cache-type-v", "{}"),
 }
 
+# Switches there, flags with a value here: what the bare flag means.
+BARE: dict[str, str] = {"--numa": "distribute"}
+
 
 _ALWAYS_API = "the API is always on, on the same port as the page."
 _NO_SHARE = "Switchyard opens no public tunnel; use a reverse proxy or SSH."

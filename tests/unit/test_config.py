@@ -273,3 +273,9 @@ def test_server_py_says_a_problem_in_one_line() -> None:
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "listen-port" in done.stderr
+
+
+def test_a_bare_switch_of_theirs_gets_its_value(tmp_path: Path) -> None:
+    assert read(tmp_path, "--numa", "--listen-port", "1").loader_options["numa"] == "distribute"
+    assert read(tmp_path, "--numa", "isolate").loader_options["numa"] == "isolate"
+    assert read(tmp_path, "--numa").loader_options["numa"] == "distribute"
