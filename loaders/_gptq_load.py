@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from loaders import _hf_load
-from loaders._gptq_linear import DenseLinear, GptqLinear, Int4Linear, UnpackLinear, int4_works, product_dtype, why_not_int4
-from loaders._gptq_tensors import Unpacked, unpack
+from loaders import _gptq_ends, _hf_load
+from loaders._gptq_build import kernel as compiled_kernel
+from loaders._gptq_choose import Chooser as Chooser  # noqa: PLC0414 - the AutoGPTQ loader takes it from here
+from loaders._gptq_linear import GptqLinear, int4_works, product_dtype
+from loaders._gptq_tensors import unpack
 from loaders._hf_text import TextCodec
 from modules.detect.draft import folder_files, read_json
 from modules.detect.sniff import no_model, sniff
@@ -32,8 +34,6 @@ if TYPE_CHECKING:
 
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 _QUANT_FILES = ("quantize_config.json", "quant_config.json")
-# A dense float32 copy is the fastest and the exact way for a model this small; beyond it, memory is what limits decoding.
-_DENSE_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def load(path: str, options: dict[str, Any], progress: Progress) -> _hf_load.Loa
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         model = skeleton(config)
         device = torch.device("cuda" if torch.cuda.is_available() and not options["cpu"] else "cpu")
-        layouts, used = fill(model, checkpoint, device, options["kernel"], progress)
+        layouts, choose, used = fill(model, checkpoint, device, options["kernel"], progress)
         model.generation_config = _generation_config(checkpoint.folder, model)
     except AppError:
         raise
@@ -84,18 +84,19 @@ def load(path: str, options: dict[str, Any], progress: Progress) -> _hf_load.Loa
         traceback.print_exception(error)
         raise _hf_load.typed(error, checkpoint.config_json, "The checkpoint can't be read") from error
     eos_ids = _hf_load.end_token_ids(model.generation_config.eos_token_id, tokenizer)
-    info = _describe(path, options, model, tokenizer, config, eos_ids, checkpoint.settings, layouts, used, device)
+    info = _describe(path, options, model, tokenizer, config, eos_ids, checkpoint.settings, layouts, used, choose)
     return _hf_load.Loaded(model, TextCodec(tokenizer), info, device, eos_ids)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
     """Find and check the files. Raises UnsafeModel for a pickle, CorruptModel for what is cut or missing."""
     if path.is_file() and path.suffix.lower() in _PICKLES:
-        raise UnsafeModel(
-            f"{path.name} is a Python pickle, which can run any code when it is opened, so it is refused.",
-            hint="Get the checkpoint as .safetensors.",
-        )
+        raise _pickled(path)
     folder = path if path.is_dir() else path.parent
+    if path.is_dir() and (path / "config.json").is_file() and not any(path.glob("*.safetensors")):
+        pickles = sorted(file for file in path.iterdir() if file.suffix.lower() in _PICKLES)
+        if pickles:
+            raise _pickled(pickles[0])
     config_json = _hf_load.check_folder(folder)
     if path.is_file():
         kind = sniff(path)
@@ -117,6 +118,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
     return Checkpoint(folder, entries, settings, config_json)
 
 
+def _pickled(path: Path) -> UnsafeModel:
+    return UnsafeModel(
+        f"{path.name} is a Python pickle, which can run any code when it is opened, so it is refused.",
+        hint="Get the checkpoint as .safetensors; or, if you trust this file, "
+        f"`server.py convert {path.name} --to safetensors --allow-pickle`.",
+    )
+
+
 def skeleton(config: Any) -> Any:
     """The model without weights (meta device), computed buffers real; its code sees no quantization."""
     import transformers
@@ -133,8 +142,8 @@ def skeleton(config: Any) -> Any:
 
 def fill(
     model: Any, checkpoint: Checkpoint, device: torch.device, kernel: str, progress: Progress
-) -> tuple[list[LayerLayout], Counter[str]]:
-    """Put every tensor of the checkpoint into the model; returns the packed layers, and how many each kernel runs."""
+) -> tuple[list[LayerLayout], Chooser, Counter[str]]:
+    """Put every tensor of the checkpoint into the model; returns the packed layers, what chose, and how many each kernel runs."""
     packed = ".qweight"
     plain = [key.removesuffix(packed) + ".weight" if key.endswith(packed) else key for key in checkpoint.entries]
     keys = names_on_disk(model, plain)
@@ -157,7 +166,7 @@ def fill(
     layouts = read_layouts({name: entry for name, (_, entry) in checkpoint.entries.items()}, checkpoint.settings, width)
     read = checkpoint.reader()
     sym = checkpoint.settings.get("sym")
-    choose = Chooser(kernel, device, layouts)
+    choose = Chooser(kernel, device, layouts, lambda line: progress(LoadProgress(line)))
     used: Counter[str] = Counter()
     dtype = torch.float32 if device.type == "cpu" else torch.float16
     for number, layout in enumerate(layouts.values()):
@@ -173,12 +182,20 @@ def fill(
         used[new.kernel] += 1
         model.set_submodule(where[layout.name], new)
     progress(LoadProgress("Reading the other tensors", 1.0))
-    _fill_plain(model, keys, read, device, dtype)
-    return list(layouts.values()), used
+    on_cpu = device.type == "cpu"
+    _fill_plain(model, keys, read, device, dtype, _gptq_ends.kept_as_stored(model, choose.wanted) if on_cpu else frozenset())
+    if on_cpu and _gptq_ends.finish(model, choose.wanted):
+        used["output"] += 1
+    return list(layouts.values()), choose, used
 
 
 def _fill_plain(
-    model: Any, keys: dict[str, str], read: Callable[[str], Tensor], device: torch.device, dtype: torch.dtype
+    model: Any,
+    keys: dict[str, str],
+    read: Callable[[str], Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    as_stored: frozenset[str],
 ) -> None:
     model.tie_weights()
     output = model.get_output_embeddings()
@@ -197,7 +214,9 @@ def _fill_plain(
                 hint="The weights and config.json do not belong together: fetch both again.",
             )
         owner = model.get_submodule(name.rpartition(".")[0])
-        setattr(owner, name.rpartition(".")[2], nn.Parameter(tensor.to(device, dtype), requires_grad=False))
+        keep = name in as_stored and tensor.dtype.itemsize == 2
+        held = tensor.clone() if keep else tensor.to(device, dtype)
+        setattr(owner, name.rpartition(".")[2], nn.Parameter(held, requires_grad=False))
     model.tie_weights()
     for part in model.modules():
         if not isinstance(part, GptqLinear):
@@ -205,36 +224,14 @@ def _fill_plain(
                 setattr(part, name, buffer.to(device))
 
 
-class Chooser:
-    """Which kernel runs a layer, by what device and layer allow. One answer for one file on one machine: no timing."""
-
-    def __init__(self, wanted: str, device: torch.device, layouts: dict[str, LayerLayout]) -> None:
-        self.device = device
-        self.reasons: Counter[str] = Counter()
-        self.wanted = wanted
-        if wanted == "auto" and device.type == "cpu":
-            dense = 4 * sum(layout.in_features * layout.out_features for layout in layouts.values())
-            self.wanted = "dense" if dense <= _DENSE_BYTES else "int4"
-
-    def __call__(self, layer: Unpacked) -> GptqLinear:
-        if self.device.type == "cuda":
-            from loaders import _gptq_triton
-
-            if self.wanted in ("auto", "triton") and _gptq_triton.why_not(layer) is None:
-                return _gptq_triton.TritonLinear(layer)
-            return DenseLinear(layer, torch.float16) if self.wanted == "dense" else UnpackLinear(layer)
-        if self.wanted == "dense":
-            return DenseLinear(layer)
-        if self.wanted == "unpack" or why_not_int4(layer):
-            return UnpackLinear(layer)
-        return Int4Linear(layer)
-
-
 _SAYS = {
+    "int8": "packed, int8 activations (own kernel)",
+    "exact": "packed, float32 activations (own kernel, exact)",
     "int4": "packed int4, bf16 activations",
     "dense": "dequantised to float32 at load (exact)",
     "unpack": "dequantised at each call (exact)",
     "triton": "Triton",
+    "output": "(output) rounded to 8 bits",
 }
 
 
@@ -248,7 +245,7 @@ def _describe(
     settings: dict[str, Any],
     layouts: list[LayerLayout],
     used: Counter[str],
-    device: torch.device,
+    choose: Chooser,
 ) -> ModelInfo:
     text_config = config.get_text_config(decoder=True)
     trained = int(getattr(text_config, "max_position_embeddings", 0) or 2048)
@@ -257,12 +254,16 @@ def _describe(
     if context > trained:
         notes.append(f"The context of {context} is beyond the {trained} tokens the model was trained on.")
     packed = [module for module in model.modules() if isinstance(module, GptqLinear)]
-    kernels = ", ".join(f"{count} layers {_SAYS[name]}" for name, count in used.most_common())
+    kernels = ", ".join(f"{count} layer{'s' * (count > 1)} {_SAYS[name]}" for name, count in used.most_common())
+    device = choose.device
     capability = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else torch.cuda.get_device_name(device)
+    notes.extend(f"{reason[0].upper()}{reason[1:]}." for reason in choose.reasons)
+    if used["int8"] or used["exact"]:
+        capability = compiled_kernel().instructions
     if used["int4"]:
         notes.append(f"Long prompts are multiplied in {str(product_dtype()).removeprefix('torch.')}.")
     elif used["unpack"] and device.type == "cpu" and not int4_works():
-        notes.append("This processor's torch has no int4 kernel, so packed layers are dequantised at each call.")
+        notes.append("Packed layers are dequantised at each call, which is slow.")
     memory = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
     return ModelInfo(
         name=Path(path).name,

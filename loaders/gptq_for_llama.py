@@ -1,7 +1,8 @@
 """GPTQ-for-LLaMA: the product's own runtime for GPTQ checkpoints of every age and width, on any architecture of Transformers.
 
-This module is the spec and the thin engine; `_gptq_load` reads the checkpoint, `_gptq_linear` holds the kernels, and the
-Transformers loader's `_hf_generate` runs the model.
+This module is the spec and the thin engine. `_gptq_load` reads the checkpoint, `_gptq_choose` gives each packed layer a kernel
+(`_gptq_linear`: torch's; `_gptq_cpu`: our own, in C; `_gptq_triton`), and `_gptq_decoder` or the Transformers loader's `_hf_generate`
+runs the model.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ SPEC = LoaderSpec(
             "kernel",
             "choice",
             "auto",
-            "How packed layers are computed. int4: packed, bf16 activations; dense: float32 in memory, exact; unpack: packed, "
-            "exact, slow; triton: CUDA. auto: dense for small models, else int4; Triton on CUDA.",
-            choices=("auto", "int4", "dense", "unpack", "triton"),
+            "How packed layers are computed. int8: own kernel, activations rounded to 8 bits, fastest; exact: own kernel, float32 "
+            "activations; int4: torch's kernel, bf16 activations; dense: float32 in memory, exact; unpack: dequantised at each "
+            "call, exact and slow; triton: CUDA. auto: exact for small models, else int8; Triton on CUDA.",
+            choices=("auto", "int8", "exact", "int4", "dense", "unpack", "triton"),
         ),
         OptionSpec("cpu", "bool", False, "Stay on the CPU even if there is a GPU."),
         OptionSpec("threads", "int", 0, "CPU threads; 0 is one per core.", minimum=0, maximum=1024),
@@ -48,7 +50,7 @@ SPEC = LoaderSpec(
     overlay="transformers",
     probe=("torch", "transformers", "accelerate", "safetensors"),
     devices=("cpu", "cuda"),
-    notes=("Pickled checkpoints (.pt) are refused; get them as .safetensors.",),
+    notes=("Pickled checkpoints (.pt) are refused until `convert --allow-pickle` has written them as .safetensors.",),
 )
 
 
@@ -60,9 +62,9 @@ class GptqEngine(hf.TransformersEngine):
         return {package: metadata.version(package) for package in ("transformers", "torch")}
 
     def load(self, path: str, options: dict[str, Any], progress: Progress) -> ModelInfo:
+        from loaders._gptq_decoder import make_runner
         from loaders._gptq_load import load
-        from loaders._hf_generate import HfRunner
 
-        loaded = load(path, options, progress)
-        self._runner = HfRunner(loaded, prefill_chunk=options["prefill_chunk"])
-        return loaded.info
+        runner = make_runner(load(path, options, progress), options["prefill_chunk"])
+        self._runner = runner
+        return runner.info
