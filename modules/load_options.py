@@ -6,9 +6,11 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from modules.errors import InvalidParameter
+from modules.paths import is_inside
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+    from pathlib import Path
 
     from modules.schema import LoaderSpec, OptionSpec
 
@@ -27,6 +29,36 @@ def complete_options(spec: LoaderSpec, *layers: Mapping[str, Any] | None) -> dic
                 raise InvalidParameter(f"{spec.title} has no load option {name!r}.", hint=f"It has: {known}.", param=name)
             options[option.name] = option.default if value is None else _check(option, value)
     return options
+
+
+def confine_paths(spec: LoaderSpec, options: Mapping[str, Any] | None, folders: Sequence[Path]) -> dict[str, Any] | None:
+    """A request's load options with every path inside one of `folders`, a relative one put below the first that has it.
+
+    Flags and saved settings are the operator's own and may lead anywhere; what comes over HTTP may not. Raises
+    InvalidParameter, which says the same of a path that is outside and of one that is not there.
+    """
+    if options is None:
+        return None
+    confined = dict(options)
+    for name, value in options.items():
+        option = spec.option(name)
+        if option is None or option.kind not in ("path", "paths") or not value:
+            continue
+        given = value if isinstance(value, (list, tuple)) else [value]
+        if not all(isinstance(item, str) for item in given):
+            continue  # complete_options says what it must be
+        paths = [_confined(option, item, folders) for item in given]
+        confined[name] = paths if option.kind == "paths" else paths[0]
+    return confined
+
+
+def _confined(option: OptionSpec, value: str, folders: Sequence[Path]) -> str:
+    if "\0" not in value:
+        for folder in folders:
+            path = folder / value  # an absolute value replaces the folder
+            if is_inside(path, folder) and (path.exists() or folder == folders[-1]):
+                return str(path)
+    raise _invalid(option, "must lie in the folder of the models or of the LoRA adapters")
 
 
 def _check(option: OptionSpec, value: Any) -> Any:

@@ -30,8 +30,7 @@ from modules.errors import (
 from modules.load_options import complete_options
 from modules.memory import available_bytes, process_bytes, total_bytes
 from modules.registry import select
-from modules.residents import Lease, OnPosition, Place, Resident, Ticket, WhenBusy
-from modules.schema import LoaderSpec, LoadProgress, ModelFiles, to_wire
+from modules.residents import Lease, OnPosition, Place, Resident, Ticket, WhenBusy, shown
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -40,6 +39,7 @@ if TYPE_CHECKING:
     from modules.events import EventBus
     from modules.library import Library
     from modules.registry import Environment
+    from modules.schema import LoaderSpec, LoadProgress, ModelFiles
 
 log = logging.getLogger(__name__)
 
@@ -142,7 +142,7 @@ class ModelManager:
     def snapshot(self) -> dict[str, Any]:
         """Residents, the active one, memory and state: JSON-safe, for the page."""
         return {
-            "residents": [to_wire(r) for r in self.residents()],
+            "residents": [shown(r) for r in self.residents()],
             "active": self._active_id,
             "asked": self.approvals.pending(),
             "memory": {"total": total_bytes(), "available": self._available(), "process": self._used(max_age_s=2.0)},

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+from modules.schema import to_wire
+
 if TYPE_CHECKING:
     from modules.engine_client import EngineClient
     from modules.schema import LoaderSpec, LoadProgress, ModelFiles, ModelInfo
@@ -45,6 +47,15 @@ class Resident:
     last_used: float | None = None
     active_requests: int = 0
     queued: int = 0
+
+
+def shown(resident: Resident) -> dict[str, Any]:
+    """A resident for the page: JSON-safe, with the model's id where its path on this machine would stand."""
+    made: dict[str, Any] = to_wire(resident)
+    made["model"]["path"] = resident.model.id
+    if made["info"] is not None:
+        made["info"]["path"] = resident.model.id
+    return made
 
 
 class Lease:

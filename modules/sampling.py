@@ -23,7 +23,8 @@ class Parameter:
     """One sampling parameter.
 
     `neutral` switches it off; `default` is what the UI starts with where that differs. `minimum` and `maximum` are the
-    accepted range (inclusive). `group` is the UI section. `ui` is (low, high, step) for the slider.
+    accepted range (inclusive; with `above` the minimum itself is out). `group` is the UI section. `ui` is (low, high, step) for
+    the slider.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Parameter:
     aliases: tuple[str, ...] = ()
     initial: Any = None
     choices: tuple[str, ...] = ()
+    above: bool = False
 
     @property
     def default(self) -> Any:
@@ -64,8 +66,8 @@ class Parameter:
         if self.kind == "int" and value != int(value):
             raise self._invalid(name, "must be a whole number")
         low, high = self.minimum, self.maximum
-        if (low is not None and value < low) or (high is not None and value > high):
-            raise self._invalid(name, f"must be {_range_text(low, high)}")
+        if (low is not None and value < low) or (high is not None and value > high) or (self.above and value == low):
+            raise self._invalid(name, f"must be {_range_text(low, high, above=self.above)}")
         return int(value) if self.kind == "int" else float(value)
 
     def _check_strings(self, value: Any, name: str) -> tuple[str, ...]:
@@ -94,7 +96,9 @@ class Parameter:
         return InvalidParameter(f"{name} {what}.", param=name)
 
 
-def _range_text(low: float | None, high: float | None) -> str:
+def _range_text(low: float | None, high: float | None, *, above: bool = False) -> str:
+    if above:
+        return f"above {low:g} and at most {high:g}"
     if low is None:
         return f"at most {high:g}"
     return f"at least {low:g}" if high is None else f"between {low:g} and {high:g}"
@@ -149,8 +153,9 @@ PARAMETERS: dict[str, Parameter] = {
             "Basics",
             0.0,
             1.0,
-            (0.0, 1.0, 0.01),
+            (0.01, 1.0, 0.01),
             initial=0.95,
+            above=True,
         ),
         _P(
             "top_k",
@@ -293,8 +298,9 @@ PARAMETERS: dict[str, Parameter] = {
             "Truncation",
             0.0,
             1.0,
-            (0.0, 1.0, 0.01),
+            (0.01, 1.0, 0.01),
             ("typical",),
+            above=True,
         ),
         _P(
             "tfs",

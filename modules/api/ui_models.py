@@ -11,7 +11,9 @@ from starlette.responses import JSONResponse
 
 from modules.api.ui_body import Body
 from modules.errors import AppError, InvalidParameter, NotFound
+from modules.load_options import confine_paths
 from modules.registry import rank
+from modules.residents import shown
 from modules.schema import to_wire
 
 if TYPE_CHECKING:
@@ -47,12 +49,13 @@ def build_router(services: Services) -> APIRouter:
         body.end()
         if loader is not None and loader not in services.specs:
             raise InvalidParameter("There is no such backend.", param="loader")
+        options = await asyncio.to_thread(_confined, services, model, loader, options)
         resident = await manager.begin_load(model, loader, options, keep_others=keep_others, when_busy=when_busy)
         if loader is not None or options:
             task = asyncio.create_task(_remember(services, resident, options or {}))
             savers.add(task)
             task.add_done_callback(savers.discard)
-        return JSONResponse({"resident": to_wire(resident)})
+        return JSONResponse({"resident": shown(resident)})
 
     @router.post("/models/unload")
     async def unload(request: Request) -> JSONResponse:
@@ -67,7 +70,7 @@ def build_router(services: Services) -> APIRouter:
         body = await Body.of(request)
         resident = body.text("resident", limit=MAX_NAME)
         body.end()
-        return JSONResponse({"resident": to_wire(await manager.activate(resident))})
+        return JSONResponse({"resident": shown(await manager.activate(resident))})
 
     @router.post("/models/approve")
     async def approve(request: Request) -> JSONResponse:
@@ -105,6 +108,21 @@ def build_router(services: Services) -> APIRouter:
     return router
 
 
+def _confined(services: Services, model: str, loader: str | None, options: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The options with their paths inside the folders of the models and adapters, whichever backend they are for."""
+    config = services.config
+    folders = (*config.model_dirs, config.lora_dir)
+    names = [loader] if loader is not None else [services.model_settings.loader(model), *services.specs]
+    for name in names:
+        if name in services.specs and options:
+            spec = services.specs[name]
+            # The page sends back what flags and earlier loads have set: that is the operator's already.
+            own = {**config.options_for(spec.options), **services.model_settings.options(model, spec.name)}
+            new = {key: value for key, value in options.items() if key not in own or own[key] != value}
+            options = {**options, **(confine_paths(spec, new, folders) or {})}
+    return options
+
+
 async def _remember(services: Services, resident: Resident, options: dict[str, Any]) -> None:
     """A model's options are kept once it has loaded with them: a set that does not load must not come back by itself."""
     try:
@@ -132,7 +150,8 @@ def _model(services: Services, model: ModelFiles, specs: list[LoaderSpec]) -> di
         {"name": c.spec.name, "title": c.spec.title, "ok": c.ok, "reason": c.reason or None, "installed": c.installed}
         for c in choices
     ]
-    return {**to_wire(model), "loaders": loaders}
+    # The file names are below the model's own folder; where that is on this machine is nobody's business here.
+    return {**to_wire(model), "path": model.id, "loaders": loaders}
 
 
 def _loader(services: Services, spec: LoaderSpec) -> dict[str, Any]:
