@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modules.errors import InvalidParameter
+
+if TYPE_CHECKING:
+    from modules.detect.opt import OptShape
 
 _PLACES = "GPU, CPU and disk"
 
@@ -109,3 +113,50 @@ def _six(text: str) -> tuple[tuple[float, float, float], ...]:
             raise InvalidParameter(problem, param="percent")
         found.append((gpu, cpu, 100 - gpu - cpu))
     return tuple(found)
+
+
+# --- what a plan promises --------------------------------------------------------------------------------------------
+
+
+def elements(sides: Sequence[int]) -> int:
+    """How many numbers a tensor of these sides holds."""
+    count = 1
+    for side in sides:
+        count *= side
+    return count
+
+
+def cache_elements(shape: OptShape, plan: Plan) -> int:
+    """Elements of one layer's keys for one GPU batch at full length: the largest thing the cache copies at once."""
+    return shape.positions * plan.gpu_batch_size * shape.hidden
+
+
+def weight_bytes(shape: OptShape, plan: Plan) -> dict[str, int]:
+    """Bytes of weights that the percentages promise on gpu, cpu and disk, about: FlexGen moves whole tensors.
+
+    The embedding counts twice, once for each end of the model. Without CUDA the GPU's share is float32 in main memory."""
+    tensors = shape.tensors()
+    count = sum(map(elements, tensors.values())) + elements(tensors["decoder.embed_tokens.weight"])
+    kept = 4.0 if plan.dtype == "float32" else 0.5625 if plan.compress_weight else 2.0  # 4 bits; a scale and a minimum to 64
+    ready = kept if plan.cuda or plan.compress_weight else 4.0
+    gpu, cpu, disk = (percent / 100 for percent in plan.weights)
+    return {"gpu": int(count * ready * gpu), "cpu": int(count * kept * cpu), "disk": int(count * kept * disk)}
+
+
+def main_memory_bytes(shape: OptShape, plan: Plan, rows: int, prompt: int, tokens: int) -> int:
+    """Main memory that a block of `rows` sequences of `prompt` + `tokens` needs under this plan, without CUDA.
+
+    The weights' share, the two parts of the model that are expanded at a time, the cache's share and what of it is expanded,
+    and the activations."""
+    homes = weight_bytes(shape, plan)
+    h, f = shape.hidden, shape.ffn
+    embedding, attention, mlp = (shape.vocab + shape.positions) * h, 4 * h * h, 2 * h * f
+    pairs = (embedding + attention, attention + mlp, mlp + shape.vocab * h)
+    expanded = 0 if plan.weights[0] == 100 and not plan.compress_weight else 4 * max(pairs)
+    layer = 2 * rows * (prompt + tokens) * h
+    gpu, cpu = plan.cache[0] / 100, plan.cache[1] / 100
+    kept = 4 if plan.dtype == "float32" else 2
+    cache = int(shape.layers * layer * (4 * gpu + kept * cpu)) + (0 if plan.cache[0] == 100 else 4 * 2 * layer)
+    size = min(rows, plan.gpu_batch_size)
+    activations = 4 * rows * prompt * h + 4 * size * prompt * (f + 6 * h) + 4 * 2 * size * shape.vocab
+    return homes["gpu"] + homes["cpu"] + expanded + cache + activations

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loaders._flexgen_plan import Plan, plan_of
+from loaders._flexgen_plan import Plan, cache_elements, elements, plan_of, weight_bytes
 from modules import sampling as table
 from modules.engine import CancelToken, Engine, Progress
 from modules.errors import CorruptModel, LoadOutOfMemory, StorageFull
@@ -151,8 +151,8 @@ class FlexGenEngine(Engine):
 
         self._offload = _offload_folder(options["offload_dir"])
         _check_disk(shape, plan, self._offload)
-        largest = max(_elements(side) for side in shape.tensors().values())
-        errors = device.adapt(weights, max(largest, _cache_elements(shape, plan)), cuda, on_tensor)
+        largest = max(map(elements, shape.tensors().values()))
+        errors = device.adapt(weights, max(largest, cache_elements(shape, plan)), cuda, on_tensor)
         try:
             self._model = FlexModel(shape, plan, errors, str(self._offload))
         except (RuntimeError, MemoryError) as error:
@@ -208,30 +208,6 @@ class FlexGenEngine(Engine):
 
 
 # --- before anything is loaded ---------------------------------------------------------------------------------------
-
-
-def _elements(sides: Sequence[int]) -> int:
-    count = 1
-    for side in sides:
-        count *= side
-    return count
-
-
-def weight_bytes(shape: OptShape, plan: Plan) -> dict[str, int]:
-    """Bytes of weights that the percentages promise on gpu, cpu and disk, about: FlexGen moves whole tensors.
-
-    The embedding counts twice, once for each end of the model. Without CUDA the GPU's share is float32 in main memory."""
-    tensors = shape.tensors()
-    elements = sum(_elements(side) for side in tensors.values()) + _elements(tensors["decoder.embed_tokens.weight"])
-    kept = 4.0 if plan.dtype == "float32" else 0.5625 if plan.compress_weight else 2.0  # 4 bits and a scale and minimum to 64
-    ready = kept if plan.cuda or plan.compress_weight else 4.0
-    gpu, cpu, disk = (percent / 100 for percent in plan.weights)
-    return {"gpu": int(elements * ready * gpu), "cpu": int(elements * kept * cpu), "disk": int(elements * kept * disk)}
-
-
-def _cache_elements(shape: OptShape, plan: Plan) -> int:
-    """Elements of one layer's keys for one GPU batch at full length: the largest thing the cache copies at once."""
-    return shape.positions * plan.gpu_batch_size * shape.hidden
 
 
 def _check_memory(shape: OptShape, plan: Plan) -> None:

@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 # What each loader that is still to come needs. A row goes when loaders/NAME.py lands.
 LATER = {
-    "rwkv": "an environment with rwkv",
-    "flexgen": "an environment with flexgen",
     "remote": "the address of an OpenAI-compatible server",
 }
 ORDER = ("transformers", "llamacpp", "autogptq", "gptq_for_llama", "exllama", "rwkv", "flexgen", "remote", "echo")

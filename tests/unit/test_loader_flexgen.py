@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from loaders._flexgen_plan import plan_of
-from loaders.flexgen import SPEC, to_native, weight_bytes
+from loaders._flexgen_plan import main_memory_bytes, plan_of, weight_bytes
+from loaders.flexgen import SPEC, to_native
 from modules.detect.opt import opt_shape, source_name
 from modules.errors import CorruptModel, IncompatibleModel, InvalidParameter, UnsafeModel
 from modules.opt_weights import open_weights
@@ -80,6 +80,9 @@ def test_what_the_percentages_promise() -> None:
     assert weight_bytes(shape, plan(w_percent="0,50,50")) == {"gpu": 0, "cpu": elements, "disk": elements}
     assert weight_bytes(shape, plan()) == {"gpu": 4 * elements, "cpu": 0, "disk": 0}
     assert weight_bytes(shape, plan(cuda=True))["gpu"] == 2 * elements
+    on_disk, in_memory = plan(w_percent="0,0,100"), plan(w_percent="0,100,0")
+    needs = [main_memory_bytes(shape, made, 4, 10, 10) for made in (on_disk, in_memory, plan())]
+    assert needs[1] - needs[0] == 2 * elements and needs == sorted(needs)
 
 
 def test_samplers() -> None:
@@ -119,9 +122,8 @@ def test_what_flexgen_cannot_compute(changes: dict[str, Any], error: type[Except
 
 
 def test_names_of_the_checkpoints_tensors() -> None:
-    assert (
-        source_name("decoder.layer_norm.bias", {"model.decoder.final_layer_norm.bias"}) == "model.decoder.final_layer_norm.bias"
-    )
+    final = "model.decoder.final_layer_norm.bias"
+    assert source_name("decoder.layer_norm.bias", {final}) == final
     assert source_name("decoder.embed_tokens.weight", {"decoder.embed_tokens.weight"}) == "decoder.embed_tokens.weight"
     assert source_name("decoder.embed_tokens.weight", {"lm_head.weight"}) is None
 
