@@ -148,11 +148,52 @@ def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
+def endpoints() -> str:
+    """Every documented address, by protocol, as the routes declare them."""
+    parts = []
+    for tag, rows in _operations().items():
+        parts.append(f"### {tag}\n\n" + table(["address", "what it does"], [[f"`{m} {p}`", text] for m, p, text, _ in rows]))
+    return "\n".join(parts)
+
+
+def examples() -> str:
+    """The examples of /docs as curl commands."""
+    from modules.api.examples import EXAMPLES
+
+    parts = []
+    for tag, rows in _operations().items():
+        shown = [(path, *EXAMPLES[path]) for method, path, _, _ in rows if method == "POST" and path in EXAMPLES]
+        for path, what, body in shown:
+            text = json.dumps(body).replace("'", "'\\''")
+            url = f"http://127.0.0.1:7860{path}"
+            parts.append(f"{what} ({tag})\n\n```\ncurl {url} -H 'Content-Type: application/json' \\\n  -d '{text}'\n```\n")
+    return "\n".join(parts)
+
+
+def _operations() -> dict[str, list[tuple[str, str, str, dict[str, Any]]]]:
+    """tag -> (method, path, description, operation), from the application itself."""
+    import tempfile
+
+    from modules.app import build_app
+    from modules.config import Config
+
+    found: dict[str, list[tuple[str, str, str, dict[str, Any]]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        document = build_app(Config(nowebui=True, no_model=True, user_data_dir=Path(folder))).openapi()
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            text = " ".join(str(operation.get("description", "")).split())
+            found.setdefault((operation.get("tags") or ["Other"])[0], []).append((method.upper(), path, text, operation))
+    return found
+
+
 GENERATORS: dict[str, Callable[[], str]] = {
     "loaders": loaders,
     "options": options,
     "parameters": parameters,
     "errors": errors,
+    "endpoints": endpoints,
+    "examples": examples,
     "figures": figures,
     "gptq": gptq,
     "headlines": headlines,

@@ -29,6 +29,7 @@ from modules.api import (
     docs_page,
     embeddings,
     errors,
+    examples,
     health,
     internal_routes,
     kobold_routes,
@@ -112,6 +113,7 @@ def build_app(config: Config, services: Services | None = None) -> FastAPI:
     services.chat = services.chat or ChatService(services)
     services.batches = services.batches or BatchJobs(services, config.user_data_dir / "batches", answer_line)
     app.include_router(ui_routes.build_router(services))
+    examples.install(app)
     app.include_router(access.build_router())
     app.add_api_route("/docs", _docs, include_in_schema=False, methods=["GET", "HEAD"])
     if not config.nowebui:
