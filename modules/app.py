@@ -17,11 +17,12 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import uvicorn
 from fastapi import FastAPI
-from starlette.responses import HTMLResponse
+from starlette.responses import FileResponse, HTMLResponse
 
 from modules.api import (
     anthropic_routes,
@@ -72,6 +73,7 @@ PROTOCOLS = (
     internal_routes,
     conformance_routes,
 )
+ICON = Path(__file__).parent / "ui" / "static" / "icon.svg"
 SAME_SIGNAL_S = 0.5  # a terminal and a start script that passes it on may both deliver one Ctrl-C
 GRACE_S = 2  # for streams that don't end by themselves, after all generations have been stopped
 
@@ -115,6 +117,8 @@ def build_app(config: Config, services: Services | None = None) -> FastAPI:
     app.include_router(ui_routes.build_router(services))
     examples.install(app)
     app.include_router(access.build_router())
+    # Before the page is there, and without it: a browser asks for one on any of our own pages.
+    app.add_api_route("/favicon.ico", _icon, include_in_schema=False, methods=["GET", "HEAD"])
     app.add_api_route("/docs", _docs, include_in_schema=False, methods=["GET", "HEAD"])
     if not config.nowebui:
         services.ui_state = "starting"
@@ -130,6 +134,10 @@ def build_app(config: Config, services: Services | None = None) -> FastAPI:
         on_response=figures.responded,
     )
     return app
+
+
+async def _icon() -> FileResponse:
+    return FileResponse(ICON, media_type="image/svg+xml", headers={"Cache-Control": "max-age=86400"})
 
 
 async def _docs() -> HTMLResponse:

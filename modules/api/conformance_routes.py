@@ -93,7 +93,7 @@ def build_router(services: Services) -> APIRouter:
 
 PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<link rel="icon" href="data:,"><title>Switchyard: conformance</title><style>
+<title>Switchyard: conformance</title><style>
 :root { color-scheme: light dark; --line: #8884; --dim: #777; --yes: #18794e; --no: #c62a2f }
 @media (prefers-color-scheme: dark) { :root { --dim: #aaa; --yes: #4cc38a; --no: #ff8589 } }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1.5rem }
