@@ -121,12 +121,16 @@ def write_weights(folder: Path, sources: list[Source], shard_bytes: int = SHARD_
 
 
 def quantize_config(settings: QuantizeSettings, damp: float) -> dict[str, Any]:
-    """What AutoGPTQ, GPTQModel, transformers and vLLM look for."""
+    """What AutoGPTQ, GPTQModel, transformers and vLLM look for.
+
+    To them desc_act means that inputs are scattered over the groups, which costs time. With static groups they are in order,
+    whatever the order of quantising was: that stands under "meta".
+    """
     return {
         "bits": settings.bits,
         "group_size": settings.group_size,
         "damp_percent": damp,
-        "desc_act": settings.desc_act,
+        "desc_act": settings.desc_act and not settings.static_groups,
         "static_groups": settings.static_groups,
         "sym": settings.sym,
         "lm_head": False,
@@ -135,7 +139,12 @@ def quantize_config(settings: QuantizeSettings, damp: float) -> dict[str, Any]:
         "checkpoint_format": "gptq",
         "model_name_or_path": None,
         "model_file_base_name": "model",
-        "meta": {"quantizer": ["switchyard:0.1.0"], "method": settings.method, "mse": settings.mse},
+        "meta": {
+            "quantizer": ["switchyard:0.1.0"],
+            "method": settings.method,
+            "mse": settings.mse,
+            "act_order": settings.desc_act,
+        },
     }
 
 

@@ -37,7 +37,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "--engine", choices=ENGINES, default=defaults.engine, help="who quantises: this product, or the auto-gptq package"
     )
     parser.add_argument("--desc-act", action="store_true", help="quantise columns by falling activation (act-order)")
-    parser.add_argument("--static-groups", action="store_true", help="fix all groups' scales first; with desc-act: faster to run")
+    parser.add_argument(
+        "--static-groups", action="store_true", help="fix all groups' scales first; with --desc-act: no cost at run time"
+    )
     parser.add_argument("--sym", action=argparse.BooleanOptionalAction, default=defaults.sym, help="symmetric grids")
     parser.add_argument("--asym", action="store_false", dest="sym", help="grids with a zero point of their own (--no-sym)")
     parser.add_argument(
