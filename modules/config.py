@@ -246,6 +246,7 @@ def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None, root: P
     loader_rows = loader_option_rows()
     known = {flag for row in (*rows, *loader_rows) for flag in row.flags()}
     words = normalise(argv)
+    known |= _own_flags(split_command(words)[0])
     line, warnings = adopt_foreign_flags([*normalise(read_cmd_flags(root, words)), *words], known)
     command, before, after = split_command(line)
     parser = build_parser([*rows, *loader_rows])
@@ -279,10 +280,7 @@ def _parse_line(
     values = vars(given)
     if command == "serve":
         return values, None
-    holder = Parser(prog="server.py", allow_abbrev=False)
-    subparsers = holder.add_subparsers(dest="command", parser_class=Parser)
-    importlib.import_module(COMMANDS[command].module).add_parser(subparsers)
-    own: argparse.ArgumentParser = subparsers.choices[command]
+    holder, own = _own_parser(command)
     shared = _without_conflicts(own, rows)
     add_options(own, shared, hidden=True)
     arguments, unknown = holder.parse_known_args([command, *after])
@@ -290,6 +288,20 @@ def _parse_line(
         raise ConfigError(_unknown_flag(unknown[0], own))
     values.update({row.name: getattr(arguments, row.name) for row in shared if hasattr(arguments, row.name)})
     return values, arguments
+
+
+def _own_parser(command: str) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    """(what holds the subcommand, the subcommand's own parser)."""
+    holder = Parser(prog="server.py", allow_abbrev=False)
+    subparsers = holder.add_subparsers(dest="command", parser_class=Parser)
+    importlib.import_module(COMMANDS[command].module).add_parser(subparsers)
+    own: argparse.ArgumentParser = subparsers.choices[command]
+    return holder, own
+
+
+def _own_flags(command: str) -> set[str]:
+    """A subcommand's own flags: `bench --num-beams 4` is no flag of another product."""
+    return set() if command == "serve" else set(_own_parser(command)[1]._option_string_actions)
 
 
 def _without_conflicts(own: argparse.ArgumentParser, rows: Sequence[Option]) -> list[Option]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from modules.config import parse
 from modules.errors import BackendUnavailable, InvalidParameter
 from modules.evaluate.bench import device_options
 from modules.evaluate.plan import Plan, SpeedPlan, Target, cross, parse_target
@@ -91,3 +92,10 @@ def test_devices_become_each_loaders_own_options(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("modules.evaluate.bench.detect", lambda: type("H", (), {"kind": "cpu", "name": "no GPU"})())
     with pytest.raises(BackendUnavailable, match="no cuda device"):
         device_options(SPECS["transformers"], "cuda")
+
+
+def test_a_subcommand_s_own_flags_are_no_other_product_s() -> None:
+    config = parse(["bench", "echo", "--num_beams", "1", "4", "--max_tokens", "9"], environ={})
+    assert config.arguments is not None
+    assert (config.arguments.num_beams, config.arguments.max_tokens, config.arguments.models) == ([1, 4], 9, ["echo"])
+    assert config.warnings == ()
