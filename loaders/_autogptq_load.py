@@ -69,8 +69,12 @@ def load(path: str, options: dict[str, Any], progress: Progress) -> _hf_load.Loa
         model = _through_package(package, checkpoint, packed, config, device if own else torch.device("cpu"))
         used = Counter({PACKAGE_KERNEL: len(packed.layouts)})
         if not own:
+            dtype = torch.float32 if device.type == "cpu" else torch.float16
+            for parameter in model.parameters():  # not the buffers: computed ones stay in float32
+                parameter.data = parameter.data.to(device, dtype)
             used = swap(model, package, checkpoint, packed, Chooser(options["kernel"], device, packed.layouts), progress)
-            model.to(device, torch.float32 if device.type == "cpu" else torch.float16)
+            if device.type != "cpu":  # a kernel on the CPU holds the addresses of its tensors: nothing may move them
+                model.to(device)
         _generation_config(checkpoint.folder, model)
     except AppError:
         raise

@@ -139,7 +139,21 @@ def quantize(
         wrapper.quantize(examples, batch_size=1, cache_examples_on_gpu=model.device.type == "cuda")
     on_stage("Writing the checkpoint")
     model.to(torch.float16)  # scales are stored as float16; packed words are integers and stay
-    wrapper.save_quantized(str(out), use_safetensors=True)
+    with _tied_once(_base, model):
+        wrapper.save_quantized(str(out), use_safetensors=True)
+
+
+@contextmanager
+def _tied_once(base: Any, model: Any) -> Iterator[None]:
+    """The package writes a tied output layer a second time; it is left out, as transformers does."""
+    tied = set(getattr(model, "_tied_weights_keys", None) or ()) if model.config.tie_word_embeddings else set()
+    save = base.safe_save
+
+    def save_once(tensors: dict[str, Any], *arguments: Any) -> None:
+        save({name: tensor for name, tensor in tensors.items() if name not in tied}, *arguments)
+
+    with replaced(base, safe_save=save_once):
+        yield
 
 
 @contextmanager

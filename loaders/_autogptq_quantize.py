@@ -70,6 +70,7 @@ def run(
         "settings": asdict(settings),
         "calibration": {"name": calibration.name, "sha256": calibration.sha256, "tokens": calibration.tokens},
         "mean_loss": mean,
+        "loss_is": "auto-gptq's own: squared error over the calibration windows, not relative",
         "layers": {name: {"loss": loss} for name, loss in told.losses.items()},
     }
     write_configs(folder, base, settings, provenance)

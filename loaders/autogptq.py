@@ -4,7 +4,7 @@ The package builds the model and reads the checkpoint; its packed layers are the
 its own CPU kernel dequantises every layer for every token. `kernel=package` keeps the package's.
 
 This module is the spec and the thin engine; `_autogptq_load` is the loading, `_autogptq_package` all that is particular to
-auto-gptq, `_autogptq_successor` to GPTQModel. `_hf_generate` runs the model.
+auto-gptq, `_autogptq_successor` to GPTQModel. `_gptq_decoder` and `_hf_generate` run the model.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ class AutoGptqEngine(hf.TransformersEngine):
 
     def load(self, path: str, options: dict[str, Any], progress: Progress) -> ModelInfo:
         from loaders._autogptq_load import load
-        from loaders._hf_generate import HfRunner
+        from loaders._gptq_decoder import make_runner
 
-        loaded = load(path, options, progress)
-        self._runner = HfRunner(loaded, prefill_chunk=options["prefill_chunk"])
-        return loaded.info
+        runner = make_runner(load(path, options, progress), options["prefill_chunk"])
+        self._runner = runner
+        return runner.info

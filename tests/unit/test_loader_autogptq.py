@@ -218,7 +218,7 @@ def test_quantising_through_the_package(lab: Lab) -> None:
         ("v2 by the package", "IncompatibleModel", "gptq_v2"),
         ("marlin", "IncompatibleModel", "Marlin"),
         ("architecture", "IncompatibleModel", "stablelm"),
-        ("nothing", "LoadError", "nothing here"),
+        ("nothing", "CorruptModel", "no config.json"),
     ],
 )
 def test_refusals_are_typed(lab: Lab, case: str, kind: str, says: str) -> None:
