@@ -175,15 +175,12 @@ def converted(overlays: Overlays, tmp_path: Path, package: str) -> Path:
     """Wren as EXL2 or EXL3, by the package's own converter."""
     out, work = tmp_path / package, tmp_path / "work"
     work.mkdir()
+    few = ["-b", "6.0", "-hb", "8"]
     arguments = {
-        "exllamav2": [
-            "exllamav2.conversion.convert_exl2", "-i", WREN, "-o", work, "-cf", out, "-b", "6.0", "-hb", "8", "-r", "8", "-l", "512",
-            "-mr", "4", "-ml", "512",
-        ],
-        "exllamav3": [
-            "exllamav3.conversion.convert_model", "-i", WREN, "-o", out, "-w", work, "-b", "6.0", "-hb", "8", "-cr", "16", "-cc", "512",
-        ],
-    }[package]  # fmt: skip
+        "exllamav2": ["convert_exl2", "-o", work, "-cf", out, *few, "-r", "8", "-l", "512", "-mr", "4", "-ml", "512"],
+        "exllamav3": ["convert_model", "-o", out, "-w", work, *few, "-cr", "16", "-cc", "512"],
+    }[package]
+    arguments = [f"{package}.conversion.{arguments[0]}", "-i", WREN, *arguments[1:]]
     done = subprocess.run(
         [str(overlays.python("exllama")), "-m", *map(str, arguments)],
         env=overlays.worker_env("exllama"), capture_output=True, text=True, encoding="utf-8", errors="replace", timeout=1800,
