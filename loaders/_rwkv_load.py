@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ def weights_file(place: Path) -> Path:
     if place.suffix in (".pth", ".pt", ".bin"):
         raise UnsafeModel(
             f"{place.name} is a Python pickle, which can run any code when it is opened, so it is refused.",
-            hint=f"If you trust this file: `server.py convert {place.name} --to safetensors --allow-pickle`.",
+            hint=f"If you trust this file: `server.py convert {shlex.quote(place.name)} --to safetensors --allow-pickle`.",
         )
     return place
 

@@ -124,8 +124,6 @@ _TABLE: dict[str, ForeignFlag] = {
     "--percent": ForeignFlag(_NOT_YET, 2),
     "--compress-weight": ForeignFlag(_NOT_YET),
     "--pin-weight": ForeignFlag(_NOT_YET, 1),
-    "--rwkv-strategy": ForeignFlag(_NOT_YET, 1),
-    "--rwkv-cuda-on": ForeignFlag(_NOT_YET),
     "--enable-thinking": ForeignFlag(_PER_REQUEST),
     "--preserve-thinking": ForeignFlag(_PER_REQUEST),
     "--reasoning-effort": ForeignFlag(_PER_REQUEST, 1),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -99,7 +100,7 @@ def _examine_pickle(path: Path, kind: FileKind, draft: Draft) -> None:
     raise UnsafeModel(
         f"{path.name} holds RWKV weights as a Python pickle, which can run any code when it is opened, so it is refused.",
         hint="Get the model as .safetensors or .gguf. If you trust this file: "
-        "`server.py convert FILE --to safetensors --allow-pickle`.",
+        f"`server.py convert {shlex.quote(path.name)} --to safetensors --allow-pickle`.",
     )
 
 

@@ -79,24 +79,25 @@ def rwkv_shape(shapes: Mapping[str, Shape]) -> RwkvShape:
 
 
 def _version(shapes: Mapping[str, Shape]) -> str:
-    """As the rwkv package tells them apart, but by every tensor of the first layer at once."""
-    held = {name.removeprefix("blocks.0.att.") for name in shapes if name.startswith("blocks.0.att.")}
+    """As the rwkv package tells them apart, by the tensors of all layers: one that is missing makes no older version."""
+    held = {name.split(".", 3)[3] for name in shapes if _BLOCK.match(name) and name.split(".", 3)[2] == "att"}
     if "r_k" in held:
         return "7"
     if any(name.startswith("time_maa") for name in held):
         return "6"
-    if "ln_x.weight" not in held:
+    if not any(name.startswith("ln_x.") for name in held):
         return "4"
-    if "gate.weight" not in held:
+    if not held & {"gate.weight", "time_mix_g"}:
         return "5"
-    return "5.2" if len(_squeezed(shapes.get("blocks.0.att.time_decay", ()))) > 1 else "5.1"
+    decays = (shape for name, shape in shapes.items() if name.endswith(".att.time_decay"))
+    return "5.2" if any(len(_squeezed(shape)) > 1 for shape in decays) else "5.1"
 
 
 def _heads(version: str, shapes: Mapping[str, Shape]) -> int:
     if version == "4":
         return 0
     if version == "7":
-        return shapes["blocks.0.att.r_k"][0]
+        return shapes["blocks.0.att.r_k"][0]  # all of them are there by now
     name = next((f"blocks.0.att.{n}" for n in _EITHER if f"blocks.0.att.{n}" in shapes), "blocks.0.att.time_decay")
     return shapes[name][0]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import struct
 from pathlib import Path
 from typing import Literal
@@ -79,7 +80,7 @@ def no_model(kind: FileKind, name: str) -> LoadError:
         return UnsafeModel(
             f"{name} is a Python pickle, which can run any code when it is opened, so it is refused.",
             hint="Use the model's .safetensors or .gguf version (`server.py download` picks it). If you trust this file: "
-            "`server.py convert FILE --to safetensors --allow-pickle`.",
+            f"`server.py convert {shlex.quote(name)} --to safetensors --allow-pickle`.",
         )
     if kind == "7z" or kind == "gzip":
         return UnknownFormat(f"{name} is a compressed archive.", hint="Unpack it and load the .safetensors or .gguf file inside.")

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
+import numpy as np  # noqa: TID253 - a test, not the server
 import pytest
-from numpy.typing import NDArray
+from numpy.typing import NDArray  # noqa: TID253
 
 from loaders.rwkv import SPEC
 from modules.convert.unpickle import convert_pickle
@@ -24,7 +25,7 @@ from tests.contract.rows import Row
 if TYPE_CHECKING:
     from modules.overlays import Overlays
 
-Array = NDArray[np.float64]
+Array = NDArray[Any]
 Weights = dict[str, Array]
 LAYERS, HIDDEN, HEADS, SIDE, INNER, VOCAB = 2, 32, 2, 16, 64, 256
 IDS = [int(i) for i in np.random.default_rng(5).integers(0, VOCAB, 40)]
@@ -180,7 +181,7 @@ def scores(weights: Weights, version: str, ids: list[int]) -> list[float]:
     memory: Memory = {}
     time_mix, channel_mix = MIXES[version]
     found = []
-    for token, following in zip(ids, ids[1:], strict=False):
+    for token, following in itertools.pairwise(ids):
         x = layer_norm(weights["emb.weight"][token], weights, "blocks.0.ln0")
         for layer in range(LAYERS):
             x = x + time_mix(layer_norm(x, weights, f"blocks.{layer}.ln1"), weights, layer, memory)
@@ -246,7 +247,7 @@ def test_every_state_gives_what_a_full_run_gives(worker: Bench, tmp_path: Path) 
     assert again == (first, first_scores, len(IDS) - 1), "regenerating reads one token and gives bit-equal numbers"
     turn = IDS + first + [1, 2, 3]
     branch = IDS + first + [9, 8, 7]
-    edited = IDS[:33] + [4, 5, 6, 7]
+    edited = [*IDS[:33], 4, 5, 6, 7]
     results = {"turn": ask(turn), "branch": ask(branch), "edited": ask(edited), "first": ask(IDS)}
     # The last token of an answer is given out, not read, so the state ends before it.
     assert results["turn"][2] == results["branch"][2] == len(IDS) + len(first) - 1
@@ -266,10 +267,10 @@ def test_an_aborted_prefill_leaves_right_states(worker: Bench, tmp_path: Path) -
     assert cancelled.end.finish_reason == "cancelled"
     steps = [event.done for event in cancelled.prefill]
     assert steps == sorted(steps) and len(steps) >= len(long) // 16
-    warm = worker.generate(None, token_ids=tuple(long + [1]), stop=STATES)
+    warm = worker.generate(None, token_ids=(*long, 1), stop=STATES)
     assert warm.end.usage.cached_tokens >= len(long) - 1
     worker.load(tmp_path / "any.safetensors")
-    assert worker.generate(None, token_ids=tuple(long + [1]), stop=STATES).ids == warm.ids
+    assert worker.generate(None, token_ids=(*long, 1), stop=STATES).ids == warm.ids
 
 
 @pytest.mark.shared
@@ -310,7 +311,7 @@ def test_what_is_no_rwkv_is_typed_and_the_worker_lives(worker: Bench, tmp_path: 
     cut.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(CorruptModel):
         worker.load(cut)
-    with pytest.raises(CorruptModel, match="blocks.1.att.w2"):
+    with pytest.raises(CorruptModel, match=r"blocks\.1\.att\.w2"):
         worker.load(write_safetensors(tmp_path / "less.safetensors", {k: v for k, v in whole.items() if k != "blocks.1.att.w2"}))
     odd = whole | {"emb.weight": whole["emb.weight"][:100], "head.weight": whole["head.weight"][:100]}
     with pytest.raises(IncompatibleModel, match="vocabulary of 100"):
