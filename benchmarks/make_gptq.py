@@ -1,7 +1,7 @@
 """A GPTQ checkpoint of a random-weight model, rounded to nearest layer by layer: for speed measurements, not for talk.
 
-Runs in the transformers environment: `<set>/transformers/bin/python benchmarks/make_gptq.py MODEL OUT --bits 4`. `--desc-act` shuffles
-the groups of the inputs, as act-order does.
+Runs in the transformers environment: `<set>/transformers/bin/python benchmarks/make_gptq.py MODEL OUT --bits 4`. `--desc-act`
+shuffles the groups of the inputs, as act-order does.
 """
 
 from __future__ import annotations
@@ -44,15 +44,19 @@ def main() -> None:
                     continue
                 weight = tensor.T.float()
                 inputs, outputs = weight.shape
+                if inputs % group:
+                    raise SystemExit(f"{name} has {inputs} inputs, no multiple of {group}")
                 g_idx = torch.arange(inputs, dtype=torch.int32) // group
                 if arguments.desc_act:
                     g_idx = g_idx[torch.randperm(inputs, generator=torch.Generator().manual_seed(inputs))]
-                most = torch.zeros(-(-inputs // group), outputs)
-                most.index_reduce_(0, g_idx, weight.abs(), "amax")
-                scales = (most / (middle - 0.5)).clamp(min=1e-6).half()
-                codes = (weight / scales.float()[g_idx]).round_().add_(middle).clamp_(0, 2 * middle - 1)
+                order = torch.argsort(g_idx, stable=True)
+                grouped = weight[order].reshape(-1, group, outputs)
+                scales = (grouped.abs().amax(dim=1) / (middle - 0.5)).clamp(min=1e-6).half()
+                rounded = grouped.div_(scales.float()[:, None]).round_().add_(middle).clamp_(0, 2 * middle - 1)
+                codes = torch.empty((inputs, outputs), dtype=torch.uint8)
+                codes[order] = rounded.to(torch.uint8).reshape(inputs, outputs)
                 stem = name.removesuffix(".weight")
-                tensors[f"{stem}.qweight"] = torch.from_numpy(pack_rows(codes.to(torch.uint8).numpy(), bits))
+                tensors[f"{stem}.qweight"] = torch.from_numpy(pack_rows(codes.numpy(), bits))
                 zeros = torch.full(scales.shape, middle, dtype=torch.uint8)
                 tensors[f"{stem}.qzeros"] = torch.from_numpy(pack_zeros(zeros.numpy(), bits))
                 tensors[f"{stem}.scales"], tensors[f"{stem}.g_idx"] = scales, g_idx

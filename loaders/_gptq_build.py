@@ -135,7 +135,8 @@ def _paths() -> list[str]:
 def _run(command: list[str], cwd: Path | None = None) -> tuple[int, str]:
     try:
         done = subprocess.run(
-            command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=_TIMEOUT_S, check=False
+            command, cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=_TIMEOUT_S,
+            check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return 1, f"{Path(command[0]).name} took over {_TIMEOUT_S} s"
@@ -144,7 +145,7 @@ def _run(command: list[str], cwd: Path | None = None) -> tuple[int, str]:
 
 def _first_error(text: str) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "the compiler said nothing")[:300]
+    return next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "the compiler said no more")[:300]
 
 
 def _last_line(text: str) -> str:

@@ -53,7 +53,8 @@ def main(path: str) -> int:
     chance = random.Random(1)
     inputs, outputs, ends = 128, 24, (2, 4)
     for bits in (2, 3, 4, 8):
-        codes = [[chance.choice((0, (1 << bits) - 1, chance.randrange(1 << bits))) for _ in range(outputs)] for _ in range(inputs)]
+        most = (1 << bits) - 1
+        codes = [[chance.choice((0, most, chance.randint(0, most))) for _ in range(outputs)] for _ in range(inputs)]
         scales = [[chance.uniform(0.5, 2) for _ in range(outputs)] for _ in ends]
         zero = 1 << (bits - 1)
         packed = ctypes.create_string_buffer(pack(codes, bits))

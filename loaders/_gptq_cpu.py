@@ -3,12 +3,14 @@
 int8    activations rounded to 8 bits with one step for 32 inputs, as llama.cpp does for its quantised models.
 exact   float32 activations, the same packed weights.
 
-Any layer fits: groups of any size (short and uneven ones are padded to whole blocks with inputs that are zero), any order of inputs.
+Any layer fits: groups of any size (short and uneven ones are padded to whole blocks with inputs that are zero), any order of
+inputs.
 """
 
 from __future__ import annotations
 
 import ctypes
+
 import torch
 from torch import Tensor, nn
 
@@ -50,9 +52,7 @@ class PackedLinear(GptqLinear):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.detach().reshape(-1, self.in_features).to("cpu", torch.float32).contiguous()
         y = torch.empty((len(rows), self.out_features), dtype=torch.float32)
-        status = self._library.gptq_linear(
-            ctypes.byref(self.weights), rows.data_ptr(), len(rows), y.data_ptr(), int(self.exact)
-        )
+        status = self._library.gptq_linear(ctypes.byref(self.weights), rows.data_ptr(), len(rows), y.data_ptr(), int(self.exact))
         if status:
             raise MemoryError("not enough memory for the layer's activations")
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
@@ -126,7 +126,7 @@ def _zeros(layer: Unpacked) -> tuple[int, float, Tensor | None]:
     if bool((zeros == first).all()):
         return _CONSTANT, float(first), None
     whole = zeros.round()
-    if torch.equal(whole, zeros) and 0 <= int(whole.min()) and int(whole.max()) <= 255:
+    if torch.equal(whole, zeros) and int(whole.min()) >= 0 and int(whole.max()) <= 255:
         return _BYTES, 0.0, _panels(whole.to(torch.uint8))
     return _FLOATS, 0.0, _panels(zeros.contiguous())
 

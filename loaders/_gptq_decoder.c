@@ -1,5 +1,5 @@
-/* A whole step of a Llama-like decoder over packed layers: at one token a time the calls between small operations cost more than the
-operations. Same arithmetic as the model's own forward, all in float32 but for the activations' rounding in the int8 way.
+/* A whole step of a Llama-like decoder over packed layers: at one token a time the calls between small operations cost more than
+the operations. Same arithmetic as the model's own forward, all in float32 but for the activations' rounding in the int8 way.
 
 Keys are kept transposed, [kv head][dim][capacity], values [kv head][capacity][dim]: both products of attention then run along
 vectors with no sum across lanes. Capacities are odd multiples of 16, so that rows do not fall into the same cache sets. */
@@ -128,7 +128,8 @@ static void place_row(void *pointer, int row) {
 typedef struct { const float *q[TILE]; float *out[TILE]; int limit[TILE]; } Tile;
 
 /* scores[r][t] = q[r] . key[first + t] for 16 keys at a time */
-INLINE void score_span(const Model *m, const float *keys, const Tile *tile, int rows, int first, int count, float scores[TILE][SPAN]) {
+INLINE void score_span(const Model *m, const float *keys, const Tile *tile, int rows, int first, int count,
+                       float scores[TILE][SPAN]) {
     for (int t = 0; t < count; t += 16) {
         f32x8 low[TILE], high[TILE];
         for (int r = 0; r < rows; r++) low[r] = high[r] = all8(0);
@@ -225,12 +226,14 @@ static int one_layer(Step *s, const Layer *layer) {
     s->delta = s->normed;
     s->weight = layer->norm2;
     each(norm_row, s, s->m);
-    if (linears((const Weights *[]){layer->gate, layer->up}, 2, s->normed, s->m, (float *[]){s->gate, s->up}, m->exact)) return -1;
+    if (linears((const Weights *[]){layer->gate, layer->up}, 2, s->normed, s->m, (float *[]){s->gate, s->up}, m->exact))
+        return -1;
     each(silu_row, s, s->m);
     return linears(&layer->down, 1, s->gate, s->m, (float *[]){s->normed}, m->exact);
 }
 
-/* embedded [m][hidden], overwritten, at `position` ... -> the last `keep` rows: logits [keep][vocabulary], or normed states. 0 or -1. */
+/* embedded [m][hidden], overwritten, at `position` ... -> the last `keep` rows: logits [keep][vocabulary], or normed states.
+Returns 0, or -1 when memory ran out. */
 int gptq_step(const Model *model, float *embedded, int m, int position, int keep, float *out) {
     const size_t rows = (size_t)m, hidden = (size_t)model->hidden, q = (size_t)model->heads * (size_t)model->dim;
     const size_t kv = (size_t)model->kv_heads * (size_t)model->dim, ffn = (size_t)model->ffn;

@@ -114,9 +114,7 @@ class Decoder:
         embedded = self._model.get_input_embeddings()(torch.tensor(ids)).float().contiguous()
         width = self._model.lm_head.out_features if self._head is not None else self._c.hidden
         out = torch.empty((keep, width))
-        if self._library.gptq_step(
-            ctypes.byref(self._c), embedded.data_ptr(), len(ids), self.length, keep, out.data_ptr()
-        ):
+        if self._library.gptq_step(ctypes.byref(self._c), embedded.data_ptr(), len(ids), self.length, keep, out.data_ptr()):
             raise MemoryError("not enough memory for a step of the model")
         self.length += len(ids)
         return out if self._head is not None else self._model.lm_head(out)
@@ -174,25 +172,17 @@ class _Prefix:
 class DecoderRunner(HfRunner):
     """`HfRunner` with its steps taken by a `Decoder`."""
 
-    def __init__(self, loaded: Loaded, prefill_chunk: int) -> None:
-        self._decoding = False
-        super().__init__(loaded, prefill_chunk)
-        self._prefix: Any = self._new_prefix()
-        self._decoding = True
-
-    def _new_prefix(self) -> _Prefix:
-        return _Prefix(Decoder(self._model, self.info.context_length))
+    def _new_prefix(self, loaded: Loaded) -> _Prefix:
+        return _Prefix(Decoder(loaded.model, loaded.info.context_length))
 
     def _step(self, ids: list[int], keep: int) -> Any:
-        if not self._decoding:
-            return super()._step(ids, keep)
         with torch.inference_mode():
             logits = self._prefix.decoder.step(ids, keep)
             self._prefix.ids.extend(ids)
             return logits[-1] if keep == 1 else logits
 
     def _score_beside(self, ids: list[int]) -> list[float]:
-        kept, self._prefix = self._prefix, self._new_prefix()
+        kept, self._prefix = self._prefix, _Prefix(Decoder(self._model, self.info.context_length))
         try:
             return self.score(ids)
         finally:

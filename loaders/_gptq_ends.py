@@ -1,8 +1,8 @@
 """The two ends of a model, which GPTQ files leave unpacked: input embeddings and output layer. On a CPU they would be the largest
 part of memory as float32, and the output layer a fifth of what a token reads.
 
-Embeddings stay in the file's own 16 bits (a row becomes float32 when it is looked up: exact). With the int8 kernel the output layer is
-rounded to 8 bits in groups of 32, finer than any packed layer; the other kernels keep it in float32.
+Embeddings stay in the file's own 16 bits (a row becomes float32 when it is looked up: exact). With the int8 kernel the output
+layer is rounded to 8 bits in groups of 32, finer than any packed layer; the other kernels keep it in float32.
 """
 
 from __future__ import annotations

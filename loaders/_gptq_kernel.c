@@ -1,8 +1,8 @@
 /* Products of rows with packed GPTQ weights on a CPU. Compiled on the user's machine by loaders/_gptq_build.py.
 
 Two ways over the same packed weights. With int8 activations (one scale for 32 inputs, as llama.cpp's Q8_0): AVX2's maddubs, or
-dpbusd where the processor has it. Exact: float32 activations, codes turned to floats in registers; written in the compilers' vector
-types, which is also the int8 way of every other processor. */
+dpbusd where the processor has it. Exact: float32 activations, codes turned to floats in registers; written in the compilers'
+vector types, which is also the int8 way of every other processor. */
 #include "_gptq_kernel.h"
 
 #include <math.h>
@@ -223,7 +223,10 @@ INLINE void rectangle(const Weights *w, const Rows *x, int first, int last, int 
 WAY(2, int8_2, 0) WAY(3, int8_3, 0) WAY(4, int8_4, 0) WAY(8, int8_8, 0)
 WAY(2, exact_2, 1) WAY(3, exact_3, 1) WAY(4, exact_4, 1) WAY(8, exact_8, 1)
 typedef void (*Way)(const Weights *, const Rows *, int, int, int, int, float *);
-static const Way ways[2][9] = {{0, 0, int8_2, int8_3, int8_4, 0, 0, 0, int8_8}, {0, 0, exact_2, exact_3, exact_4, 0, 0, 0, exact_8}};
+static const Way ways[2][9] = {
+    {0, 0, int8_2, int8_3, int8_4, 0, 0, 0, int8_8},
+    {0, 0, exact_2, exact_3, exact_4, 0, 0, 0, exact_8},
+};
 
 /* --- activations -------------------------------------------------------------------------------------------- */
 

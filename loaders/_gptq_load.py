@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from loaders import _gptq_ends, _hf_load
 from loaders._gptq_build import kernel as compiled_kernel
-from loaders._gptq_choose import Chooser as Chooser  # noqa: PLC0414 - the AutoGPTQ loader takes it from here
+from loaders._gptq_choose import Chooser as Chooser  # the AutoGPTQ loader takes it from here
 from loaders._gptq_linear import GptqLinear, int4_works, product_dtype
 from loaders._gptq_tensors import unpack
 from loaders._hf_text import TextCodec

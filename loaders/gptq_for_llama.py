@@ -1,8 +1,8 @@
 """GPTQ-for-LLaMA: the product's own runtime for GPTQ checkpoints of every age and width, on any architecture of Transformers.
 
 This module is the spec and the thin engine. `_gptq_load` reads the checkpoint, `_gptq_choose` gives each packed layer a kernel
-(`_gptq_linear`: torch's; `_gptq_cpu`: our own, in C; `_gptq_triton`), and `_gptq_decoder` or the Transformers loader's `_hf_generate`
-runs the model.
+(`_gptq_linear`: torch's; `_gptq_cpu`: our own, in C; `_gptq_triton`), and `_gptq_decoder` or the Transformers loader's
+`_hf_generate` runs the model.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ SPEC = LoaderSpec(
             "kernel",
             "choice",
             "auto",
-            "How packed layers are computed. int8: own kernel, activations rounded to 8 bits, fastest; exact: own kernel, float32 "
-            "activations; int4: torch's kernel, bf16 activations; dense: float32 in memory, exact; unpack: dequantised at each "
-            "call, exact and slow; triton: CUDA. auto: exact for small models, else int8; Triton on CUDA.",
+            "How packed layers are computed. int8: own kernel, activations rounded to 8 bits, fastest; exact: own kernel, "
+            "float32 activations; int4: torch's kernel, bf16 activations; dense: float32 in memory, exact; unpack: dequantised at "
+            "each call, exact and slow; triton: CUDA. auto: exact for small models, else int8; Triton on CUDA.",
             choices=("auto", "int8", "exact", "int4", "dense", "unpack", "triton"),
         ),
         OptionSpec("cpu", "bool", False, "Stay on the CPU even if there is a GPU."),

@@ -5,7 +5,6 @@ Reads names of experiments from stdin, answers one JSON line for each.
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
@@ -14,15 +13,15 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-import quantize_lab
-import torch
+import quantize_lab  # noqa: E402
+import torch  # noqa: E402
 
-from loaders import _gptq_build, _gptq_choose, _gptq_cpu, _gptq_decoder, _gptq_load
-from loaders._gptq_linear import GptqLinear
-from loaders._gptq_tensors import Unpacked
-from modules.errors import AppError
-from modules.llamacpp_build import Compiler
-from modules.quantize._packing import pack_rows, pack_zeros
+from loaders import _gptq_build, _gptq_choose, _gptq_cpu, _gptq_decoder, _gptq_load  # noqa: E402
+from loaders._gptq_linear import GptqLinear  # noqa: E402
+from loaders._gptq_tensors import Unpacked  # noqa: E402
+from modules.errors import AppError  # noqa: E402
+from modules.llamacpp_build import Compiler  # noqa: E402
+from modules.quantize._packing import pack_rows, pack_zeros  # noqa: E402
 
 SHAPES = {  # inputs, outputs, group size, what is special
     "plain": (256, 64, 128, {}),
@@ -34,7 +33,9 @@ SHAPES = {  # inputs, outputs, group size, what is special
 }
 
 
-def layer(inputs: int, outputs: int, bits: int, group: int, zeros: str = "", order: bool = False, uneven: bool = False) -> Unpacked:
+def layer(
+    inputs: int, outputs: int, bits: int, group: int, zeros: str = "", order: bool = False, uneven: bool = False
+) -> Unpacked:
     groups = -(-inputs // group)
     grid = torch.full((groups, outputs), float(1 << (bits - 1)))
     if zeros:
@@ -105,10 +106,10 @@ def trial(folder: Path) -> Any:
         (folder / f"{name}.c").write_text(source, encoding="utf-8")
         made = folder / f"{name}.so"
         flags = [flag for flag in _gptq_build._FLAGS if flag != "-O3"]
-        subprocess.run([compiler.path, *flags, "-O1", "-x", "c", str(folder / f"{name}.c"), "-x", "none", "-o", str(made), "-lm"], check=True)
-        done = subprocess.run(
-            [sys.executable, "-m", "loaders._gptq_check", str(made)], cwd=_gptq_build.ROOT, capture_output=True, text=True, check=False
-        )  # fmt: skip
+        source_path = str(folder / f"{name}.c")
+        subprocess.run([compiler.path, *flags, "-O1", "-x", "c", source_path, "-x", "none", "-o", str(made), "-lm"], check=True)
+        check = [sys.executable, "-m", "loaders._gptq_check", str(made)]
+        done = subprocess.run(check, cwd=_gptq_build.ROOT, capture_output=True, text=True, check=False)
         codes[name] = [done.returncode, done.stdout.strip()]
     return codes
 
@@ -117,19 +118,22 @@ def no_kernel(folder: Path) -> Any:
     """What is chosen, and said, without a compiler, with one that fails, and with one whose library crashes."""
     found = {}
     liar = folder / "cc"
-    liar.write_text("#!/bin/sh\nwhile [ \"$1\" != -o ]; do shift; done\necho no library > \"$2\"\n", encoding="utf-8")
+    liar.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho no library > "$2"\n', encoding="utf-8")
     liar.chmod(0o755)
     layouts = {"x": _gptq_load.LayerLayout("x", 4, 8192, 16384, 64, "v1", False, False)}
     for name, compiler in {"none": None, "fails": Compiler("false"), "lies": Compiler(str(liar))}.items():
         for path in (folder / "kernels").glob("*"):
             path.unlink()
-        with _swapped(_gptq_build, "find_compiler", lambda *_, compiler=compiler: compiler):
-            with _swapped(_gptq_build, "_folders", lambda: [folder / "kernels"]), _swapped(_gptq_build, "_found", []):
-                built = _gptq_build.kernel()
-                picked = {}
-                for wanted in ("auto", "int8", "exact"):
-                    chooser = _gptq_choose.Chooser(wanted, torch.device("cpu"), layouts)
-                    picked[wanted] = chooser.wanted
+        with (
+            _swapped(_gptq_build, "find_compiler", lambda *_, compiler=compiler: compiler),
+            _swapped(_gptq_build, "_folders", lambda: [folder / "kernels"]),
+            _swapped(_gptq_build, "_found", []),
+        ):
+            built = _gptq_build.kernel()
+            picked = {}
+            for wanted in ("auto", "int8", "exact"):
+                chooser = _gptq_choose.Chooser(wanted, torch.device("cpu"), layouts)
+                picked[wanted] = chooser.wanted
         found[name] = {"problem": built.problem, "picked": picked, "said": list(chooser.reasons)}
     found["left"] = sorted(path.name for path in (folder / "kernels").glob("*"))
     return found
@@ -248,9 +252,7 @@ def from_tensors(folder: Path) -> Any:
     return {"errors": errors, "bad": bad}
 
 
-EXPERIMENTS = {
-    item.__name__: item for item in (products, saturated, trial, no_kernel, families, decoder, from_tensors)
-}
+EXPERIMENTS = {item.__name__: item for item in (products, saturated, trial, no_kernel, families, decoder, from_tensors)}
 
 if __name__ == "__main__":
     quantize_lab.EXPERIMENTS = EXPERIMENTS
