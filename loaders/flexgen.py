@@ -11,14 +11,16 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loaders._flexgen_package import check_package
 from loaders._flexgen_plan import Plan, cache_elements, elements, plan_of, weight_bytes
 from modules import sampling as table
 from modules.engine import CancelToken, Engine, Progress
-from modules.errors import CorruptModel, LoadOutOfMemory, StorageFull
-from modules.schema import Event, GenerationRequest, LoaderSpec, LoadProgress, ModelInfo, OptionSpec, Quantization
+from modules.errors import CorruptModel, LoadError, LoadOutOfMemory, StorageFull
+from modules.schema import Event, GenerationRequest, LoaderSpec, LoadProgress, ModelFiles, ModelInfo, OptionSpec, Quantization
 
 if TYPE_CHECKING:
     from loaders._flexgen_batch import Batcher
@@ -98,6 +100,24 @@ SPEC = LoaderSpec(
 )
 
 
+def refusal(files: ModelFiles) -> str | None:
+    """Why a folder of safetensors is none of FlexGen's, in one line."""
+    from modules.detect.draft import read_json
+    from modules.detect.opt import opt_shape
+
+    if files.format != "hf":
+        return None
+    if files.architecture != "OPTForCausalLM":
+        return f"runs OPT and Galactica models; this is {files.architecture or 'of an unknown architecture'}."
+    try:
+        opt_shape(read_json(Path(files.path) / "config.json"))
+    except LoadError as error:
+        return error.message
+    except OSError:
+        return None  # the load says it better
+    return None
+
+
 def to_native(sampling: dict[str, Any]) -> dict[str, Any]:
     """Parameters for `modules.samplers.SamplerChain` ("sampler"), and what can't be honoured with the reason ("ignored")."""
     honoured, ignored = table.split_supported(sampling, SPEC.samplers, SPEC.title)
@@ -137,11 +157,12 @@ class FlexGenEngine(Engine):
         cuda = torch.cuda.is_available() and not options["cpu"]
         plan = plan_of(options, cuda)
         _check_memory(shape, plan)
+        package = find_spec("flexgen")
+        check_package(Path(str(package.origin if package else "")).parent)
         from loaders import _flexgen_device as device
         from loaders._flexgen_batch import Batcher
         from loaders._flexgen_model import FlexModel
 
-        device.check_package()
         total, count = len(shape.tensors()) + 1, 0
 
         def on_tensor() -> None:

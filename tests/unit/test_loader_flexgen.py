@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
+from loaders._flexgen_package import FINGERPRINTS, changed_functions, check_package
 from loaders._flexgen_plan import main_memory_bytes, plan_of, weight_bytes
-from loaders.flexgen import SPEC, to_native
+from loaders.flexgen import SPEC, refusal, to_native
 from modules.detect.opt import opt_shape, source_name
-from modules.errors import CorruptModel, IncompatibleModel, InvalidParameter, UnsafeModel
+from modules.errors import BackendUnavailable, CorruptModel, IncompatibleModel, InvalidParameter, UnsafeModel
 from modules.opt_weights import open_weights
+from modules.schema import ModelFiles
 from tests.conftest import ROOT
 from tests.unit.model_files import safetensors_bytes, write_json
 
@@ -88,6 +90,17 @@ def test_what_the_percentages_promise() -> None:
 def test_samplers() -> None:
     native = to_native({"temperature": 0.5, "top_k": 3, "guidance_scale": 2.0})
     assert native["sampler"] == {"temperature": 0.5, "top_k": 3} and list(native["ignored"]) == ["guidance_scale"]
+
+
+def test_a_llama_is_not_offered_to_flexgen(tmp_path: Path) -> None:
+    def files(architecture: str | None, **config: Any) -> ModelFiles:
+        write_json(tmp_path / "config.json", OPT | config)
+        return ModelFiles("m", str(tmp_path), "hf", architecture=architecture)
+
+    assert refusal(files("OPTForCausalLM")) is None
+    assert refusal(files("LlamaForCausalLM")) == "runs OPT and Galactica models; this is LlamaForCausalLM."
+    assert "opt-350m" in str(refusal(files("OPTForCausalLM", word_embed_proj_dim=4)))
+    assert refusal(ModelFiles("m", str(tmp_path), "flexgen")) is None
 
 
 # --- the shape ---------------------------------------------------------------------------------------------------
@@ -222,27 +235,14 @@ def environment(overlays: Overlays) -> Overlays:
 def test_the_package_is_the_one_that_is_patched(environment: Overlays, tmp_path: Path) -> None:
     """Every function this loader replaces or relies upon, by the hash of its source."""
     site = next(site for site in environment.layers("flexgen") if (site / "flexgen").is_dir())
-    code = (
-        "import sys, pathlib; sys.path.insert(0, sys.argv[1])\n"
-        "from loaders._flexgen_device import changed_functions\n"
-        "print(changed_functions(pathlib.Path(sys.argv[2])))"
-    )
-
-    def changed(package: Path) -> str:
-        command = [str(environment.python("flexgen")), "-c", code, str(ROOT), str(package)]
-        return subprocess.run(
-            command, capture_output=True, text=True, encoding="utf-8", check=True, env=environment.worker_env("flexgen")
-        ).stdout.strip()
-
-    for name in ("flex_opt.py", "pytorch_backend.py", "compression.py"):
+    assert changed_functions(site / "flexgen") == [], "flexgen changed: look at what loaders/_flexgen_*.py replace in it"
+    for name in FINGERPRINTS:
         text = (site / "flexgen" / name).read_text(encoding="utf-8")
-        if name == "pytorch_backend.py":
-            text = text.replace(
-                "def map_to_torch_tensor(tensor, indices):", "def map_to_torch_tensor(tensor, indices):\n    pass"
-            )
-        (tmp_path / name).write_text(text, encoding="utf-8")
-    assert changed(site / "flexgen") == "[]", "the flexgen package changed: look at what loaders/_flexgen_*.py replace in it"
-    assert changed(tmp_path) == "['pytorch_backend.py:map_to_torch_tensor']"
+        head = "def map_to_torch_tensor(tensor, indices):"
+        (tmp_path / name).write_text(text.replace(head, f"{head}\n    pass"), encoding="utf-8")
+    assert changed_functions(tmp_path) == ["pytorch_backend.py:map_to_torch_tensor"]
+    with pytest.raises(BackendUnavailable, match="map_to_torch_tensor"):
+        check_package(tmp_path)
 
 
 @pytest.fixture(scope="module")
