@@ -170,7 +170,7 @@ def _load_v2(folder: Path, size: int, options: dict[str, Any], on_module: Callab
     config.arch_compat_overrides(quiet=True)
     model = ex.ExLlamaV2(config)
     kinds = {"fp16": ex.ExLlamaV2Cache, "q8": ex.ExLlamaV2Cache_Q8, "q6": ex.ExLlamaV2Cache_Q6, "q4": ex.ExLlamaV2Cache_Q4}
-    kind = kinds[options["cache_type"]]
+    kind = kinds[options["kv_cache"]]
     split = parse_split(options["gpu_split"])
     if options["tensor_parallel"]:
         model.load_tp(gpu_split=split, callback=on_module, expect_cache_tokens=size, expect_cache_base=kind)
@@ -195,7 +195,7 @@ def _load_v3(folder: Path, size: int, options: dict[str, Any], on_module: Callab
     config = ex.Config.from_directory(str(folder))
     model = ex.Model.from_config(config)
     pages = -(-size // PAGE) * PAGE
-    bits = {} if options["cache_type"] == "fp16" else {name: int(options["cache_type"][1:]) for name in ("k_bits", "v_bits")}
+    bits = {} if options["kv_cache"] == "fp16" else {name: int(options["kv_cache"][1:]) for name in ("k_bits", "v_bits")}
     layer = ex.CacheLayer_quant if bits else ex.CacheLayer_fp16
     cache = ex.Cache(model, max_num_tokens=pages, layer_type=layer, max_batch_size=1, **bits)
     chunk = min(options["prefill_chunk"], pages)
@@ -343,6 +343,6 @@ def _describe(
         device_map={name: round(share / total, 4) for name, share in used.items() if share} if total else {"cuda:0": 1.0},
         memory_bytes=total or None,
         engine=f"{package} {metadata.version(package)}, torch {torch.__version__}, {torch.cuda.get_device_name(0)}, "
-        f"KV cache {options['cache_type']}",
+        f"KV cache {options['kv_cache']}",
         notes=tuple(notes),
     )

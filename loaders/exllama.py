@@ -40,12 +40,11 @@ SPEC = LoaderSpec(
             aliases=("n_ctx", "max_seq_len", "context_length"),
         ),
         OptionSpec(
-            "cache_type",
+            "kv_cache",
             "choice",
             "fp16",
             "Number format of the KV cache; q8, q6 and q4 take 1/2, 3/8 and 1/4 of fp16's memory.",
             choices=CACHE_TYPES,
-            aliases=("cache-type",),
         ),
         OptionSpec(
             "gpu_split",

@@ -135,7 +135,7 @@ def test_flexgen(start: Start, percent: str) -> None:
 @pytest.mark.parametrize(("cache", "tolerance"), [("fp16", HALF), ("q8", 0.05), ("q6", 0.1), ("q4", 0.3)])
 def test_exllama_scores_what_the_weights_say(start: Start, checkpoint: Callable[..., Path], cache: str, tolerance: float) -> None:
     path = checkpoint(bits=4)
-    bench = start("exllama", path, cache_type=cache)
+    bench = start("exllama", path, kv_cache=cache)
     on_gpu(bench)
     assert apart(scores(bench), scores(start("gptq_for_llama", path, cpu=True, kernel="dense"))) < tolerance
 

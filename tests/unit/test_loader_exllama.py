@@ -84,8 +84,8 @@ def options(**values: Any) -> dict[str, Any]:
 
 
 def test_options_take_the_names_people_know() -> None:
-    made = options(max_seq_len=4096, **{"gpu-split": "20,7", "enable_tp": True, "cache-type": "q6"})
-    assert (made["ctx_size"], made["gpu_split"], made["tensor_parallel"], made["cache_type"]) == (4096, "20,7", True, "q6")
+    made = options(max_seq_len=4096, **{"gpu-split": "20,7", "enable_tp": True, "kv_cache": "q6"})
+    assert (made["ctx_size"], made["gpu_split"], made["tensor_parallel"], made["kv_cache"]) == (4096, "20,7", True, "q6")
 
 
 @pytest.mark.parametrize("text,split", [("", None), (" ", None), ("20,7", [20.0, 7.0]), ("0, 7.5", [0.0, 7.5]), ("24", [24.0])])
@@ -352,7 +352,7 @@ def load_v2(monkeypatch: pytest.MonkeyPatch, **values: Any) -> Any:
 
 
 def test_v2_fills_the_gpus_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = load_v2(monkeypatch, cache_type="q4", alpha_value=2.5, no_sdpa=True)
+    net = load_v2(monkeypatch, kv_cache="q4", alpha_value=2.5, no_sdpa=True)
     config = net._model.arguments[0]
     assert (config.model_dir, config.max_seq_len, config.max_input_len, config.scale_alpha_value) == ("/m", 1024, 1024, 2.5)
     assert (config.no_sdpa, config.no_flash_attn) == (True, False)
@@ -367,7 +367,7 @@ def test_v2_keeps_to_a_split(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_v2_tensor_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
-    net = load_v2(monkeypatch, tensor_parallel=True, cache_type="q8")
+    net = load_v2(monkeypatch, tensor_parallel=True, kv_cache="q8")
     assert type(net._cache).__name__ == "Cache_TP" and net._cache.keywords["base"].__name__ == "Cache_Q8"
     assert net._model._load_tp[1]["expect_cache_tokens"] == 1024
 
@@ -391,7 +391,7 @@ def test_v3_cache_in_pages_and_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     module.Config = SimpleNamespace(from_directory=lambda folder: folder)  # type: ignore[attr-defined]
     module.Model = SimpleNamespace(from_config=Recorder)  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "exllamav3", module)
-    net: Any = load_module._load_v3(Path("/m"), 1000, options(cache_type="q6", gpu_split="8"), lambda done, total: None, VOCAB)
+    net: Any = load_module._load_v3(Path("/m"), 1000, options(kv_cache="q6", gpu_split="8"), lambda done, total: None, VOCAB)
     assert net._cache.keywords["max_num_tokens"] == 1024 and net._size == 1024
     assert (net._cache.keywords["k_bits"], net._cache.keywords["v_bits"]) == (6, 6)
     assert net._cache.keywords["layer_type"].__name__ == "CacheLayer_quant"
