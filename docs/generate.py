@@ -182,7 +182,7 @@ def _operations() -> dict[str, list[tuple[str, str, str, dict[str, Any]]]]:
         document = build_app(Config(nowebui=True, no_model=True, user_data_dir=Path(folder))).openapi()
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
-            text = " ".join(str(operation.get("description", "")).split())
+            text = " ".join(str(operation.get("description") or operation.get("summary", "")).split())
             found.setdefault((operation.get("tags") or ["Other"])[0], []).append((method.upper(), path, text, operation))
     return found
 
