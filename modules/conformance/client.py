@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import httpx
 
-TIMEOUT_S = 120.0
+TIMEOUT_S = 300.0  # a large model on a slow machine
 
 
 class Failed(Exception):
