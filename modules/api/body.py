@@ -7,12 +7,15 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
+from modules.api.dialects import dialect_of, path_of
 from modules.errors import InvalidJson, InvalidParameter, InvalidUnicode, UnsupportedMediaType
 
 if TYPE_CHECKING:
     from starlette.requests import Request
 
 MAX_DEPTH = 128
+CURL_DEFAULT = "application/x-www-form-urlencoded"
+CURL_DIALECTS = ("ollama", "llama_server", "kobold")
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 _DEEP = re.compile(rb"(?:\[\s*|\{\s*\"[^\"]{0,64}\"\s*:\s*){%d}" % MAX_DEPTH)
 _ODD_NUMBER = re.compile(rb"NaN|Infinity|\d[eE]\+?\d{3}")
@@ -21,11 +24,13 @@ _ODD_NUMBER = re.compile(rb"NaN|Infinity|\d[eE]\+?\d{3}")
 async def read_object(request: Request) -> dict[str, Any]:
     """The body as a JSON object. Raises InvalidJson, InvalidUnicode, InvalidParameter or UnsupportedMediaType.
 
-    Clients that send JSON without a content type, or as text/plain, are many; a form or an upload is refused. Duplicate
-    keys: the last one wins, as in every common parser.
+    Clients that send JSON without a content type, or as text/plain, are many; a form or an upload is refused. Ollama's and
+    llama.cpp's own manuals say `curl -d '{…}'`, which calls it a form: there that is read too (the guard has refused what comes
+    from other sites' pages, whatever its type). Duplicate keys: the last one wins, as in every common parser.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind and kind != "application/json" and not kind.endswith("+json") and kind != "text/plain":
+    taken = kind in ("", "application/json", "text/plain") or kind.endswith("+json")
+    if not taken and not (kind == CURL_DEFAULT and dialect_of(path_of(request)) in CURL_DIALECTS):
         raise UnsupportedMediaType("The body must be JSON.", hint="Send the header Content-Type: application/json.")
     return parse_object(await request.body())
 

@@ -16,6 +16,8 @@ from modules import caller
 from modules.errors import Conflict
 
 if TYPE_CHECKING:
+    from starlette.requests import Request
+
     from modules.errors import AppError
 
 Dialect = Literal["openai", "anthropic", "kobold", "ollama", "llama_server"]
@@ -40,6 +42,11 @@ _ANTHROPIC_TYPES = {
     504: "timeout_error",
     507: "overloaded_error",
 }
+
+
+def path_of(request: Request) -> str:
+    """The request's address as routes know it: without the prefix of a reverse proxy."""
+    return str(request.scope["path"]).removeprefix(request.scope.get("root_path", ""))
 
 
 def dialect_of(path: str) -> Dialect:

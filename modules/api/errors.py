@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from starlette.responses import JSONResponse, Response
 
-from modules.api.dialects import error_body
+from modules.api.dialects import error_body, path_of
 from modules.errors import AppError, InvalidParameter, MethodNotAllowed, NotFound, RequestError
 
 if TYPE_CHECKING:
@@ -27,11 +27,6 @@ def body_of(error: AppError, path: str = "") -> dict[str, Any]:
 def response_of(error: AppError, path: str = "", headers: dict[str, str] | None = None) -> JSONResponse:
     retry = {"Retry-After": "2"} if error.http_status in (429, 503) else {}
     return JSONResponse(error_body(error, path), status_code=error.http_status, headers={**retry, **(headers or {})})
-
-
-def path_of(request: Request) -> str:
-    """The request's address as routes know it: without the prefix of a reverse proxy."""
-    return str(request.scope["path"]).removeprefix(request.scope.get("root_path", ""))
 
 
 async def _app_error(request: Request, error: AppError) -> JSONResponse:

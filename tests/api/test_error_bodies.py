@@ -29,7 +29,7 @@ def test_refusals(server: Server, path: str) -> None:
     post = server.http.post
     cases: dict[int, Any] = {
         405: server.http.put(path, json={}),
-        415: post(path, content=CANARY, headers={"content-type": "application/x-www-form-urlencoded"}),
+        415: post(path, content=CANARY, headers={"content-type": "multipart/form-data; boundary=x"}),
         400: post(path, content=f'{{"{CANARY}": '.encode(), headers={"content-type": "application/json"}),
     }
     for status, answer in cases.items():
@@ -69,3 +69,14 @@ def test_bodies() -> None:
     assert error_body(Overloaded("Full."), "/v1/messages")["error"]["type"] == "overloaded_error"
     conflict = Conflict("Old.", detail={"now": 1})
     assert error_body(conflict)["error"]["detail"] == {"now": 1} and "detail" not in error_body(conflict, "/completion")["error"]
+
+
+def test_what_curl_sends_by_default_is_read_where_manuals_say_curl(server: Server) -> None:
+    headers = {"content-type": "application/x-www-form-urlencoded"}
+    asked = b'{"model": "echo", "prompt": "hi", "stream": false}'
+    assert server.http.post("/api/generate", content=asked, headers=headers).json()["response"] == "hi"
+    assert server.http.post("/tokenize", content=b'{"content": "hi"}', headers=headers).json()["tokens"]
+    assert server.http.post("/api/generate", content=b"a=b", headers=headers).json()["code"] == "invalid_json"
+    assert server.http.post("/v1/completions", content=asked, headers=headers).status_code == 415
+    foreign = {**headers, "Origin": "http://evil.example"}
+    assert server.http.post("/api/generate", content=asked, headers=foreign).status_code == 403
