@@ -28,6 +28,7 @@ LATER = {
 }
 ORDER = ("transformers", "llamacpp", "autogptq", "gptq_for_llama", "exllama", "rwkv", "flexgen", "remote", "echo")
 IMPORT_TIMEOUT_S = 180
+COMPILE_TIMEOUT_S = 1800  # for what compiles its CUDA kernels at the first import
 SMOKE_TIMEOUT_S = 180
 NO_MODEL = "no small "  # how the fix begins when there is nothing to try a loader on
 SMOKE_PROMPT = "Once upon a time"
@@ -139,13 +140,14 @@ for names in sys.argv[1:]:
 def _check_import(row: Row, spec: LoaderSpec, overlays: Overlays) -> None:
     reinstall = f"{start_script()} install {spec.overlay or 'parent'}"
     command = [str(overlays.python(spec.overlay)), "-X", "utf8", "-c", _PROBE, *spec.probe]
+    timeout = COMPILE_TIMEOUT_S if spec.needs_cuda else IMPORT_TIMEOUT_S
     try:
         done = subprocess.run(
             command, cwd=overlays.root, env=overlays.worker_env(spec.overlay), capture_output=True, text=True, encoding="utf-8",
-            errors="replace", timeout=IMPORT_TIMEOUT_S, check=False,
+            errors="replace", timeout=timeout, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        row.fix = f"the import did not end within {IMPORT_TIMEOUT_S} s: {reinstall}"
+        row.fix = f"the import did not end within {timeout} s: {reinstall}"
         return
     except OSError as error:
         row.fix = f"its Python does not start ({error.strerror}): {reinstall}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -132,6 +134,43 @@ def test_every_parameter_is_honoured_or_reported() -> None:
         made = to_native(sampling.check({parameter.name: value}))
         assert parameter.name in made["sampler"] or "ExLlama" in made["ignored"][parameter.name], parameter.name
     assert "num_beams" in to_native(sampling.check({"num_beams": 2}))["ignored"]
+
+
+# --- text ---------------------------------------------------------------------------------------------------------
+
+_READ = """
+import json, sys
+from pathlib import Path
+from loaders._exllama_load import FileTokenizer, _generation_eos
+from loaders._hf_load import end_token_ids
+from loaders._hf_text import TextCodec
+folder = Path(sys.argv[1])
+tokenizer = FileTokenizer(folder)
+codec = TextCodec(tokenizer)
+ids = codec.encode("Once upon a time <|im_end|>", True)
+config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+print(json.dumps([
+    tokenizer.bos_token, tokenizer.bos_token_id, tokenizer.eos_token, tokenizer.eos_token_id, codec.decode(ids, False),
+    ids[-1], sorted(end_token_ids(_generation_eos(folder, config), tokenizer)), tokenizer.chat_template,
+    [name for name in ("torch", "transformers") if name in sys.modules],
+]))
+"""
+
+
+def test_the_tokenizer_is_read_without_transformers(overlays: Overlays) -> None:
+    """In the environment of Transformers, for its tokenizers package alone: ExLlama's is there on CUDA machines only."""
+    if not overlays.has_module("transformers", "tokenizers"):
+        pytest.skip("the Transformers environment is not installed")
+    folder = ROOT / "models" / "wren-6m-gptq-4bit-128g"
+    done = subprocess.run(
+        [str(overlays.python("transformers")), "-c", _READ, str(folder)], cwd=ROOT, env=overlays.worker_env("transformers"),
+        capture_output=True, text=True, encoding="utf-8", timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    *found, template, loaded = json.loads(done.stdout)
+    assert found == ["<|endoftext|>", 0, "<|im_end|>", 2, "Once upon a time <|im_end|>", 2, [0, 2]]
+    assert template == (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    assert loaded == [], "it needs neither"
 
 
 # --- one KV cache, several sessions -------------------------------------------------------------------------------
