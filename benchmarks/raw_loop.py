@@ -67,9 +67,45 @@ def transformers(model: str, threads: int, context: int, dtype: str) -> Run:
     return run
 
 
+def rwkv(model: str, threads: int, context: int, dtype: str) -> Run:
+    """The rwkv package as its own examples use it; it reads pickles only, so it gets the weights as one. `model` is version 7."""
+    os.environ |= {"RWKV_V7_ON": "1", "RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"}
+    import tempfile
+    from pathlib import Path
+
+    import torch
+    from safetensors.torch import load_file
+    from tokenizers import Tokenizer
+
+    torch.set_num_threads(threads)
+    sys.path[:] = [p for p in sys.path if Path(p).resolve() != Path(__file__).resolve().parent]  # a benchmark has that name
+    from rwkv.model import RWKV
+
+    tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
+    with tempfile.TemporaryDirectory() as folder:
+        torch.save(load_file(Path(model) / "model.safetensors"), Path(folder) / "model.pth")
+        lm = RWKV(model=str(Path(folder) / "model"), strategy=f"cpu {dtype.replace('float', 'fp')}")
+
+    def run(prompt: str, tokens: int) -> list[float]:
+        stamps: list[float] = []
+        ids, state = tokenizer.encode(prompt, add_special_tokens=False).ids, None
+        while ids:
+            logits, state = lm.forward(ids[:256], state)
+            ids = ids[256:]
+        while True:
+            token = int(logits.argmax())
+            tokenizer.decode([token])
+            stamps.append(time.perf_counter())
+            if len(stamps) == tokens:
+                return stamps
+            logits, state = lm.forward([token], state)
+
+    return run
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("engine", choices=["llama_cpp", "transformers"])
+    parser.add_argument("engine", choices=["llama_cpp", "transformers", "rwkv"])
     parser.add_argument("model")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--context", type=int, default=2048)
@@ -77,7 +113,7 @@ def main() -> None:
     arguments = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    make = {"llama_cpp": llama_cpp, "transformers": transformers}[arguments.engine]
+    make = {"llama_cpp": llama_cpp, "transformers": transformers, "rwkv": rwkv}[arguments.engine]
     run = make(arguments.model, arguments.threads, arguments.context, arguments.dtype)
     print("{}", file=answers, flush=True)
     for line in sys.stdin:
