@@ -1,6 +1,6 @@
 """What the API adds to the engine: time to first token and time per token above the raw engine, with the echo backend.
 
-The raw engine is a loop over EchoEngine in a process of its own. Then 200 streams of 200 tokens at once, each with words of its own:
+The raw engine is a loop over EchoEngine in a process of its own. Then 200 streams of 200 tokens at once, each with its own words:
 no error, no word of another stream, and how late tokens come against the rate they were asked for. Aims: p50 at most 5 ms and
 0.3 ms a token at 1 and 16 streams; p99 at most 50 ms a token at 200.
 """

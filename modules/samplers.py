@@ -37,6 +37,7 @@ _CHOOSERS = frozenset(
     "top_k top_p min_p typical_p tfs top_a epsilon_cutoff eta_cutoff top_n_sigma xtc_probability dynamic_temperature "
     "smoothing_factor mirostat_mode adaptive_target".split()
 )
+_BLOCK = 256
 _GREEDY = "Temperature 0 always takes the likeliest token."
 
 Step = Callable[["_Candidates"], None]
@@ -347,10 +348,20 @@ class SamplerChain:
         """One position by its probability: the inverse of the cumulative distribution at one uniform number."""
         if logits.size == 1:
             return 0
-        mass = np.cumsum(np.exp(logits - logits.max()), dtype=np.float64)
-        if not math.isfinite(mass[-1]) or mass[-1] <= 0:
+        weights = np.exp(logits - logits.max())
+        # The block of the uniform number first, then its place inside: adding up a whole vocabulary one by one takes longer.
+        starts = np.arange(0, weights.size, _BLOCK)
+        blocks = np.cumsum(np.add.reduceat(weights, starts, dtype=np.float64))
+        total = float(blocks[-1])
+        if not math.isfinite(total) or total <= 0:
             raise FloatingPointError("The model's logits are not finite.")
-        return int(np.searchsorted(mass, self._rng.random() * mass[-1], side="right"))
+        point = self._rng.random() * total
+        block = min(int(np.searchsorted(blocks, point, side="right")), blocks.size - 1)
+        mass = np.cumsum(weights[block * _BLOCK : (block + 1) * _BLOCK], dtype=np.float64)
+        rest = point - (float(blocks[block - 1]) if block else 0.0)
+        place = int(np.searchsorted(mass, rest, side="right"))
+        # Rounding may leave the point just behind the block's end: it belongs to the last token there that has any weight.
+        return block * _BLOCK + (place if place < mass.size else int(np.flatnonzero(weights[block * _BLOCK :][: mass.size])[-1]))
 
 
 def _probability(remembered: tuple[sm.Indices | None, sm.Floats], token: int) -> float:
