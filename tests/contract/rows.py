@@ -144,7 +144,7 @@ ROWS = (
         "gptq-wren-3bit",
         "gptq_for_llama",
         _gptq("wren-6m", bits=3, group_size=64, sym=False),
-        {"kernel": "int4", "threads": 1},
+        {"kernel": "int8", "threads": 1},
         _WREN,
     ),
     Row("autogptq-wren", "autogptq", _bundled("wren-6m-gptq-4bit-128g"), {"threads": 1}, _WREN_GPTQ),
