@@ -542,6 +542,8 @@ class ModelManager:
         return min(reversed(named), key=lambda p: order[p.state], default=None)
 
     async def _load_for_request(self, model_id: str) -> Place:
+        if caller.current().background:  # two users of one machine would fight over its memory
+            raise NoModelLoaded(f"{model_id} was unloaded.", hint="Load it again, then go on with the batch.")
         model = await asyncio.to_thread(self._library.find, model_id)
         resident = self._find(model.id)  # a client may write the name another way
         if resident is not None:

@@ -29,8 +29,8 @@ from modules.engine import CancelToken  # noqa: E402
 from modules.errors import AppError  # noqa: E402
 from modules.schema import Done, GenerationRequest, StopParams, TokenEvent  # noqa: E402
 
-TEXTS = ("Once upon a time", "Hello! How", "The little dog ran to the big red house and", "A", "One day, a girl")
-TOKENS = 16
+TEXTS = ("Once upon a time", "A", "The little dog ran to the big red house and", "Hello! How")
+TOKENS = 12
 PLACEMENTS: dict[str, dict[str, Any]] = {
     "all on the GPU's side": {},
     "all on CPU": {"w_percent": "0,100,0", "cache_percent": "0,100,0", "act_percent": "0,100,0"},

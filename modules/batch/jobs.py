@@ -210,7 +210,6 @@ class BatchJobs:
         home, model = self._home(batch.id), batch.model
 
         async def answer(url: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-            self._check_resident(model)
             return await self._answer(self._services, url, body, model)
 
         run = BatchRun(
@@ -244,11 +243,6 @@ class BatchJobs:
         batch.ended_at = time.time()
         await self._save(batch)
         self._publish(batch)
-
-    def _check_resident(self, model: str | None) -> None:
-        """A batch never loads a model back that somebody unloaded: two users of one machine would fight over its memory."""
-        if not any(r.model.id == model for r in self._services.manager.residents()):
-            raise NoModelLoaded(f"{model} was unloaded.", hint="Load it again, then go on with the batch.")
 
     def _progressed(self, batch: Batch, progress: Progress) -> None:
         batch.lines, batch.done, batch.failed = progress.total, progress.done, progress.failed

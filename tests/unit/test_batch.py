@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loaders.echo import SPEC
 from modules import caller
 from modules.batch.files import Output, read_lines, refuse_same
 from modules.batch.lines import URLS, answered, failed, parse_line, refused
 from modules.batch.runner import BatchRun, Progress
 from modules.errors import Conflict, EngineDead, InvalidParameter, NoModelLoaded, NotFound, StorageFull
+from modules.residents import Place, Ticket
+from modules.schema import ModelInfo
 
 
 def line(custom_id: Any, url: str = "/v1/completions", **body: Any) -> str:
@@ -262,3 +266,36 @@ def test_an_input_that_shrinks_while_it_is_read(batch: tuple[Path, Path, Answers
 
     with pytest.raises(Conflict, match="has changed"):
         asyncio.run(shrink())
+
+
+# --- manners -----------------------------------------------------------------------------------------------------
+
+
+def test_everyone_else_goes_before_a_batch() -> None:
+    async def order() -> list[str]:
+        spec = dataclasses.replace(SPEC, slots=1)
+        place = Place("r1", spec.builtin[0], spec, {}, lambda: None, state="ready")
+        place.client = object()  # type: ignore[assignment]  # never called
+        names = ["batch 1", "batch 2", "chat 1", "chat 2"]
+        tickets = {name: Ticket(n, False, None, name.startswith("batch")) for n, name in enumerate(names)}
+        first = Ticket(-1, False, None, True)
+        for ticket in (first, *tickets.values()):
+            place.enqueue(ticket)
+        served = []
+        lease = first.future.result()
+        while tickets:
+            assert lease is not None
+            place.release(lease)
+            name = next(name for name, ticket in tickets.items() if ticket.future.done())
+            lease = tickets.pop(name).future.result()
+            served.append(name)
+        return served
+
+    assert asyncio.run(order()) == ["chat 1", "chat 2", "batch 1", "batch 2"]
+
+
+def test_a_model_may_run_more_at_once_than_its_loader_says() -> None:
+    place = Place("r1", SPEC.builtin[0], SPEC, {}, lambda: None)
+    assert place.slots == SPEC.slots
+    place.info = ModelInfo("m", "m", "echo", "echo", slots=3)
+    assert place.slots == 3
