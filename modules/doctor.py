@@ -173,7 +173,7 @@ def _check_smoke(row: Row, spec: LoaderSpec, overlays: Overlays, config: Config)
         formats = " or ".join(sorted(spec.formats))
         row.fix = f"{NO_MODEL}{formats} model to try it on: put one under {config.model_dir}"
         return
-    problem = asyncio.run(_smoke(spec, overlays, config, model))
+    problem = asyncio.run(_smoke(row, spec, overlays, config, model))
     row.smoke_ok = problem is None
     row.fix = problem or ""
 
@@ -190,12 +190,12 @@ def smoke_model(spec: LoaderSpec, config: Config) -> ModelFiles | None:
     return min(takes, key=lambda model: (not model.bundled, model.size_bytes), default=None)
 
 
-async def _smoke(spec: LoaderSpec, overlays: Overlays, config: Config, model: ModelFiles) -> str | None:
+async def _smoke(row: Row, spec: LoaderSpec, overlays: Overlays, config: Config, model: ModelFiles) -> str | None:
     """None when a few tokens came, else what happened and what to do."""
     from modules.errors import AppError
 
     try:
-        return await asyncio.wait_for(_generate(spec, overlays, config, model), SMOKE_TIMEOUT_S)
+        return await asyncio.wait_for(_generate(row, spec, overlays, config, model), SMOKE_TIMEOUT_S)
     except asyncio.TimeoutError:
         return f"no answer within {SMOKE_TIMEOUT_S} s: {start_script()} install {spec.overlay or 'parent'}"
     except AppError as error:
@@ -203,14 +203,16 @@ async def _smoke(spec: LoaderSpec, overlays: Overlays, config: Config, model: Mo
         return " ".join([str(error), *tail])
 
 
-async def _generate(spec: LoaderSpec, overlays: Overlays, config: Config, model: ModelFiles) -> str | None:
+async def _generate(row: Row, spec: LoaderSpec, overlays: Overlays, config: Config, model: ModelFiles) -> str | None:
     from modules.engine_client import WorkerClient
     from modules.load_options import complete_options
     from modules.schema import Done, GenerationRequest, StopParams
 
     client = await WorkerClient.start(spec, overlays)
     try:
-        await client.load(model.path, complete_options(spec, config.options_for(spec.options)))
+        info = await client.load(model.path, complete_options(spec, config.options_for(spec.options)))
+        if spec.name == "gptq_for_llama":  # the same loader is many times faster or slower by its kernel
+            row.note = " ".join([info.engine, *info.notes])
         request = GenerationRequest(
             "doctor",
             prompt=SMOKE_PROMPT,
