@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+from datetime import datetime, timezone
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
@@ -42,7 +43,10 @@ def build_router(services: Services) -> APIRouter:
     async def list_models() -> JSONResponse:
         """Every local model with its state and capabilities."""
         models = await asyncio.to_thread(services.library.list)
-        return JSONResponse({"object": "list", "data": [model_entry(services, model) for model in models]})
+        data = [model_entry(services, model) for model in models]
+        # The last three are Anthropic's: its clients ask the same address.
+        ends = {"has_more": False, "first_id": data[0]["id"] if data else None, "last_id": data[-1]["id"] if data else None}
+        return JSONResponse({"object": "list", "data": data, **ends})
 
     @router.get("/models/{name:path}")
     async def get_model(name: str) -> JSONResponse:
@@ -90,16 +94,20 @@ async def _answer(services: Services, request: Request, body: Common, turns: lis
 
 
 def model_entry(services: Services, model: ModelFiles) -> dict[str, Any]:
-    """A model as /v1/models lists it: OpenAI's fields, then ours. Capabilities are the loader's that has it, or would."""
+    """A model as /v1/models lists it: OpenAI's fields, Anthropic's, ours. Capabilities are the loader's that has it, or would."""
     residents = [r for r in services.manager.residents() if r.model.id == model.id]
     resident = residents[-1] if residents else None
     spec = services.specs[resident.loader] if resident else _usual_spec(services, model)
     context = resident.info.context_length if resident and resident.info else model.context_length
+    created = int(resident.loaded_at) if resident and resident.loaded_at else 0
     return {
         "id": model.id,
         "object": "model",
-        "created": int(resident.loaded_at) if resident and resident.loaded_at else 0,
+        "created": created,
         "owned_by": "local",
+        "type": "model",
+        "display_name": model.id,
+        "created_at": datetime.fromtimestamp(created, timezone.utc).isoformat().replace("+00:00", "Z"),
         "state": resident.state if resident else ("unusable" if model.problem else "available"),
         "loader": resident.loader if resident else None,
         "format": model.format,

@@ -63,10 +63,10 @@ def test_completion(server: Server) -> None:
 
 
 def test_a_stream(server: Server) -> None:
-    body = {"prompt": "[[echo rate=50]] one two three four", "n_predict": 20, "stream": True}
+    body = {"prompt": "one two three four", "n_predict": 20, "stream": True}
     with server.http.stream("POST", "/completion", json=body) as answer:
         parts = [json.loads(line[6:]) for line in answer.iter_lines() if line.startswith("data: ")]
-    assert [part["stop"] for part in parts] == [False] * (len(parts) - 1) + [True] and len(parts) > 2
+    assert [part["stop"] for part in parts] == [False] * (len(parts) - 1) + [True] and len(parts) > 1
     assert parts[-1]["content"] == "" and parts[-1]["timings"]["predicted_n"] == parts[-1]["tokens_predicted"]
     whole = server.http.post("/completion", json={**body, "stream": False}).json()
     assert "".join(part["content"] for part in parts) == whole["content"]

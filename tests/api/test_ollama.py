@@ -54,9 +54,9 @@ def test_chat(client: ollama.Client) -> None:
 
 
 def test_a_stream_is_lines_of_json(client: ollama.Client, server: Server) -> None:
-    pieces = list(client.chat("echo", say("[[echo rate=50]]hello there, how are you?"), stream=True))
+    pieces = list(client.chat("echo", say("hello there, how are you?"), stream=True))
     assert "".join(piece.message.content or "" for piece in pieces) == "hello there, how are you?"
-    assert [piece.done for piece in pieces] == [False] * (len(pieces) - 1) + [True] and len(pieces) > 2
+    assert [piece.done for piece in pieces] == [False] * (len(pieces) - 1) + [True]
     with server.http.stream("POST", "/api/chat", json={"model": "echo", "messages": say("a b")}) as answer:
         assert answer.headers["content-type"] == "application/x-ndjson"  # streaming is the default here
         lines = [json.loads(line) for line in answer.iter_lines()]
