@@ -103,7 +103,7 @@ def test_a_worker_that_dies_or_refuses_is_a_no_with_its_reason(overlays: Overlay
 
 def test_without_a_model_it_says_where_to_put_one(overlays: Overlays, tmp_path: Path) -> None:
     config = dataclasses.replace(Config(), model_dir=tmp_path)
-    row = check("x", spec(builtin=(), formats={"rwkv": 1}), overlays, config)
+    row = check("x", spec(builtin=(), formats={"exl3": 1}), overlays, config)
     assert not row.smoke_ok
     assert str(tmp_path) in row.fix
 

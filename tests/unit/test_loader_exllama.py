@@ -78,6 +78,21 @@ def test_a_machine_without_a_gpu_is_told_so(overlays: Overlays, monkeypatch: pyt
     assert not choice.ok and choice.reason == "needs an NVIDIA GPU with CUDA; none was found here."
 
 
+def test_set_up_leaves_it_out_without_a_gpu_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    import one_click
+    from modules.pip_output import SetupError
+
+    lines: list[str] = []
+    console: Any = SimpleNamespace(line=lines.append)
+    monkeypatch.setattr("modules.overlays.nvidia_present", lambda platform=sys.platform: False)
+    assert one_click.Launch._usable(["torch", "exllama"], console) == ["torch"]
+    assert lines == ["ExLlama is left out: it needs an NVIDIA GPU with CUDA; none was found here."]
+    with pytest.raises(SetupError, match="ExLlama needs an NVIDIA GPU"):
+        object.__new__(one_click.Launch).install_named(["exllama"])
+    monkeypatch.setattr("modules.overlays.nvidia_present", lambda platform=sys.platform: True)
+    assert one_click.Launch._usable(["torch", "exllama"], console) == ["torch", "exllama"]
+
+
 # --- options ------------------------------------------------------------------------------------------------------
 
 
