@@ -211,8 +211,8 @@ async def _generate(row: Row, spec: LoaderSpec, overlays: Overlays, config: Conf
     client = await WorkerClient.start(spec, overlays)
     try:
         info = await client.load(model.path, complete_options(spec, config.options_for(spec.options)))
-        if spec.name == "gptq_for_llama":  # the same loader is many times faster or slower by its kernel
-            row.note = " ".join([info.engine, *info.notes])
+        if spec.name in ("gptq_for_llama", "autogptq"):  # the same loader is many times faster or slower by its kernel
+            row.note = " ".join(filter(None, [info.engine, *info.notes]))
         request = GenerationRequest(
             "doctor",
             prompt=SMOKE_PROMPT,
