@@ -65,9 +65,7 @@ def make_bridge(folder: Path) -> Path | None:
 async def measure(targets: list[Target], text: str, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     specs = discover()
     library = LocalLibrary([ROOT / "models"], specs.values())
-    for target in targets:
-        library.admit(target.model)
-    around = Surroundings(library, specs, Overlays.find(ROOT), EvaluationStore(folder / "evaluations"), [folder])
+    around = Surroundings(library, specs, Overlays.find(ROOT), EvaluationStore(folder / "evaluations"), [folder], by_path=True)
     here = [t for t in targets if t.loader in specs and around.overlays.unavailable(specs[str(t.loader)]) is None]
     plan = Plan(tuple(here), (text,), context=arguments.context, max_windows=arguments.max_windows)
 

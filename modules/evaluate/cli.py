@@ -103,6 +103,7 @@ def _evaluate(args: argparse.Namespace, config: Config, store: EvaluationStore) 
         store=store,
         datasets=[args.dataset_dir or config.user_data_dir / "datasets"],
         options=lambda model, loader: config.options_for(specs[loader].options),
+        by_path=True,
     )
     line = Line()
     if args.resume:

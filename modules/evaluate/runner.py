@@ -23,7 +23,7 @@ from modules.evaluate.subject import Subject
 from modules.evaluate.texts import BUNDLED, Text, read_text
 
 if TYPE_CHECKING:
-    from modules.library import Library
+    from modules.library import LocalLibrary
     from modules.overlays import Overlays
     from modules.schema import LoaderSpec, LoadProgress, ModelFiles
 
@@ -33,14 +33,15 @@ OnChange = Callable[[dict[str, Any]], None]
 
 @dataclasses.dataclass
 class Surroundings:
-    """What a run needs of the server or the command line."""
+    """What a run needs of the server or the command line. `by_path` allows models outside the folders: the operator's."""
 
-    library: Library
+    library: LocalLibrary
     specs: dict[str, LoaderSpec]
     overlays: Overlays
     store: EvaluationStore
     datasets: list[Path]
     options: Callable[[str, str], dict[str, Any]] = lambda model, loader: {}
+    by_path: bool = False
 
 
 class Evaluation:
@@ -155,7 +156,8 @@ class Evaluation:
 
     async def _open(self, index: int, target: Target) -> Subject:
         row, around = self.run["rows"][index], self.around
-        model = await asyncio.to_thread(around.library.find, target.model)
+        find = around.library.admit if around.by_path else around.library.find
+        model = await asyncio.to_thread(find, target.model)
         choice = loader_for(model, target.loader, around.specs, around.overlays)
         describe(row, model, choice.spec)
         if not choice.ok:

@@ -188,3 +188,15 @@ def _workers() -> list[psutil.Process]:
         except psutil.Error:
             continue  # it ended while we looked
     return found
+
+
+async def test_the_operator_may_name_a_path(around: Surroundings, tmp_path: Path) -> None:
+    broken = tmp_path.parent / "elsewhere.gguf"
+    broken.write_bytes(b"GGUF but no more")
+    plan = Plan((Target(str(broken), "llamacpp"),), speed=SpeedPlan(16, 4, 1, (1,)))
+    run = await new(around, plan).work()
+    assert run["rows"][0]["errors"][0]["code"] == "model_not_found"  # the page names what is listed
+    around.by_path = True
+    run = await new(around, plan).work()
+    assert run["rows"][0]["errors"][0]["code"] in ("incompatible_model", "corrupt_model", "backend_unavailable")
+    assert run["rows"][0]["format"] == "gguf"
