@@ -47,9 +47,8 @@ def test_a_model_is_quantised_and_loaded(form: Page, server: Server) -> None:
     page.get_by_test_id("dialog").get_by_role("button", name="Cancel").click()
     job.get_by_test_id("quantize-chat").click()
     expect(page.get_by_test_id("model-state")).to_have_attribute("data-state", "ready", timeout=200_000)
-    loaded = wait(
-        lambda: [r["model"]["id"] for r in server.api("GET", "/ui-api/models")["residents"] if r["state"] == "ready"], 200
-    )
+    residents = server.api("GET", "/ui-api/models")["residents"]
+    loaded = [resident["model"]["id"] for resident in residents if resident["state"] == "ready"]
     assert "made here" in loaded
     server.load_echo()
 

@@ -126,7 +126,7 @@ class EvaluatePage {
     const loaders = (model.loaders || []).filter((loader) => loader.ok);
     const why = (model.loaders || []).find((loader) => !loader.ok)?.reason;
     return h('div', { class: 'sy-pick-row', 'data-testid': 'evaluate-model', 'data-model': model.id },
-      h('span', { class: 'sy-pick-name', dir: 'auto' }, model.id, model.quantization?.method ? h('small', {}, ` ${[model.quantization.method.toUpperCase(), model.quantization.bits ? `${model.quantization.bits} bit` : null, model.quantization.group_size > 0 ? `g${model.quantization.group_size}` : null].filter(Boolean).join(' ')}`) : ''),
+      h('span', { class: 'sy-pick-name', dir: 'auto' }, model.id, model.quantization?.method ? h('small', {}, ` ${[model.quantization.method.toUpperCase(), model.quantization.bits ? `${Number(model.quantization.bits.toFixed(1))} bit` : null, model.quantization.group_size > 0 ? `g${model.quantization.group_size}` : null].filter(Boolean).join(' ')}`) : ''),
       h('span', { class: 'sy-pick-loaders' }, loaders.length ? loaders.map((loader) => this.#loaderTick(model, loader)) : h('small', { class: 'sy-hint' }, model.problem || why || 'No backend can take it.')),
     );
   }
