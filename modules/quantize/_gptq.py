@@ -130,22 +130,33 @@ def _factor(moments: Tensor, damp_percent: float) -> tuple[Tensor, Tensor, float
     Damps more where it has to. A lower factor of the matrix read backwards is an upper one of the matrix.
     """
     mean = float(moments.diagonal().mean())
+    _flip(moments)
+    plain = moments.diagonal().clone()
     damp = damp_percent
     while damp <= _MAX_DAMP:
-        damped = moments.flip(0, 1)
-        damped.diagonal().add_(damp * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        del damped
-        if not int(failed) and bool(torch.isfinite(lower).all()):
-            upper = lower.flip(0, 1)
-            del lower
-            diagonal = upper.diagonal().clone()
-            return upper.div_(diagonal), diagonal.square_(), damp * mean, damp
+        moments.diagonal().copy_(plain + damp * mean)
+        lower, failed = torch.linalg.cholesky_ex(moments)
+        if not int(failed) and bool(torch.isfinite(lower.diagonal()).all()):
+            _flip(lower)
+            diagonal = lower.diagonal().clone()
+            return lower.div_(diagonal), diagonal.square_(), damp * mean, damp
         damp *= 10
     raise IncompatibleModel(
         "The calibration inputs of a layer have no usable second moments (not finite, or all alike).",
         hint="Use other or more calibration text, or --method rtn.",
     )
+
+
+def _flip(matrix: Tensor) -> None:
+    """Both axes turned round, in place: these are the largest matrices at work."""
+    count = len(matrix)
+    for first in range(0, count // 2, _BLOCK):
+        last = min(first + _BLOCK, count // 2)
+        head = matrix[first:last].flip(0, 1)
+        matrix[first:last] = matrix[count - last : count - first].flip(0, 1)
+        matrix[count - last : count - first] = head
+    if count % 2:
+        matrix[count // 2] = matrix[count // 2].flip(0)
 
 
 class _Sweep:

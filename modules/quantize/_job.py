@@ -237,7 +237,7 @@ class _Run:
             states, arguments = tree.record_inputs(self._base.model, self._blocks, batch)
             hidden.batches.append(states)
             hidden.arguments.setdefault(len(batch), arguments)
-        self._base.empty(first)
+        self._base.empty(self._base.model)  # embeddings are of no more use
         return hidden
 
     def _round(self, index: int, block: torch.nn.Module) -> dict[str, QuantizedLayer]:

@@ -96,6 +96,7 @@ class BaseModel:
         """Forget the parameters of `module` again."""
         for local, parameter in list(module.named_parameters()):
             _put(module, local, torch.nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False))
+        self._open.clear()  # what was read stays in memory as long as its file is mapped
 
     def close(self) -> None:
         self._open.clear()
