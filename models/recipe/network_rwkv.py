@@ -85,7 +85,7 @@ class WKV7(torch.autograd.Function):
 
 def wkv7(r: Tensor, w: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, begins: Tensor) -> Tensor:
     """The recurrence in plain PyTorch, token by token: what :class:`WKV7` is checked against."""
-    state = torch.zeros(*r.shape[::2][:1], r.shape[2], HEAD, HEAD, dtype=r.dtype)
+    state = torch.zeros(r.shape[0], r.shape[2], HEAD, HEAD, dtype=r.dtype)
     outputs = []
     for t in range(r.shape[1]):
         state = state * (1 - begins[:, t, None, None, None].to(r.dtype))
