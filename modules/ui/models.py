@@ -55,6 +55,7 @@ class ModelBar:
         self.outputs = [self.model, self.backend, *options.components]
         js_only: dict[str, Any] = {"fn": None, **QUIET}
         self.model.input(self._chosen, [self.model], [self.backend, *options.components], **QUIET)
+        self.backend.input(self._picked, [self.model, self.backend], self.outputs, **QUIET)
         table = json.dumps(options.table)
         load = f"(model, backend, ...values) => {{ window.switchyard.loadWith(model, backend, {table}, values); }}"
         self._load.click(inputs=[self.model, self.backend, *options.components], outputs=None, js=load, **js_only)
@@ -65,6 +66,24 @@ class ModelBar:
 
     def _chosen(self, model_id: str | None) -> list[Any]:
         return [self.backends(model_id), *self._options.fill(model_id)]
+
+    def _picked(self, model_id: str | None, backend: str | None) -> list[Any]:
+        """A backend that can't take the chosen model offers the bundled one that it can: Load is the next click."""
+        other = None if backend is None or self._takes(model_id, backend) else self.bundled_for(backend)
+        if other is None:
+            return [gr.skip() for _ in self.outputs]
+        choices = self.backends(other)
+        choices["value"] = backend
+        return [gr.update(value=other), choices, *self._options.fill(other)]
+
+    def _takes(self, model_id: str | None, backend: str) -> bool:
+        return any(name == backend and ok for name, ok, _ in self._access.backends(model_id))
+
+    def bundled_for(self, backend: str) -> str | None:
+        """The bundled model to try a backend with: one that it is the best choice for, else one that it takes."""
+        taking = [m["id"] for m in self._access.models() if m.get("bundled") and self._takes(m["id"], backend)]
+        best = (i for i in taking if next(name for name, ok, _ in self._access.backends(i) if ok) == backend)
+        return next(best, taking[0] if taking else None)
 
     def backends(self, model_id: str | None) -> Any:
         """The backends for a model: the best first, each that can't take it with the reason."""

@@ -83,6 +83,21 @@ def test_the_backend_dropdown_says_why_a_backend_cannot_take_the_model(visit: Vi
     assert any("needs" in text and "this is the echo test model" in text for text in texts)
 
 
+def test_a_backend_that_cannot_take_the_model_offers_its_bundled_one(visit: Visit, server: Server) -> None:
+    """One click on a backend, one on Load: for Echo it is echo, whatever model was chosen."""
+    listed = server.api("GET", "/v1/models")["data"]
+    other = next((model["id"] for model in listed if "wren" in model["id"]), None)
+    if other is None:
+        pytest.skip("needs a second model")
+    page = visit.open()
+    page.locator("#sy-model input").click()
+    page.get_by_role("option").filter(has_text=other).first.click()
+    page.locator("#sy-backend input").click()
+    page.get_by_role("option").filter(has_text="Echo").first.click()
+    expect(page.locator("#sy-model input")).to_have_value(re.compile(r"^echo"))
+    expect(page.locator("#sy-backend input")).to_have_value("Echo")
+
+
 def test_the_models_page_lists_models_and_backends(visit: Visit, server: Server) -> None:
     page = visit.open()
     page.get_by_test_id("page-models").click()
