@@ -6,11 +6,14 @@ import inspect
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from loaders import _hf_compat
 from loaders._hf_load import Loaded, is_out_of_memory
+from loaders._hf_modes import Guidance, PromptLookup
 from loaders._process import peak_memory
+from modules import sampling as table
 from modules.assemble import TokenAssembler
 from modules.detokenize import WindowDetokenizer
 from modules.errors import ContextLengthExceeded, GenerateOutOfMemory, GenerationFailed, InvalidParameter, LoadOutOfMemory
@@ -21,6 +24,7 @@ from modules.schema import Done, Event, GenerationRequest, PrefillProgress, Timi
 if TYPE_CHECKING:
     from modules.engine import CancelToken
 
+MODES = frozenset({"guidance_scale", "negative_prompt", "prompt_lookup_num_tokens"})
 _SHORTER = "Shorten the prompt, or load the model with a larger context."
 
 
@@ -41,12 +45,13 @@ class PrefixCache:
         limit = min(len(self.ids), len(prompt) - 1)
         while shared < limit and self.ids[shared] == prompt[shared]:
             shared += 1
-        if self.cache is None or shared == 0 or not self._crop(shared):
+        if self.cache is None or shared == 0 or not self.cut(shared):
             self.reset()
             return 0
         return shared
 
-    def _crop(self, length: int) -> bool:
+    def cut(self, length: int) -> bool:
+        """Forget what is behind the first `length` tokens; False where that is not possible."""
         surplus = len(self.ids) - length
         if surplus:
             if not _hf_compat.can_crop(self.cache):
@@ -136,6 +141,7 @@ class HfRunner:
         )
         cached = self._prefix.reuse(ids)
         first = last = 0.0
+        mode: Guidance | PromptLookup | None = None
         try:
             logits = None
             for done, rows in self._prefill(ids, cached, cancel):
@@ -145,6 +151,9 @@ class HfRunner:
                 raise FloatingPointError
             if request.echo:
                 yield self._echo(request, ids)
+            if logits is not None:
+                mode, ignored = self._mode(sampler, ids, assembler.limit, ignored)
+                logits = mode.combine(logits) if isinstance(mode, Guidance) else logits
             while assembler.finish_reason is None:
                 if cancel.cancelled or logits is None:
                     event = assembler.cancel()
@@ -156,11 +165,40 @@ class HfRunner:
                 if event is not None:
                     yield event
                 if assembler.finish_reason is None:
-                    logits = self._step([token], 1)
+                    logits = self._step([token], 1) if mode is None else mode.next(token)
+            if isinstance(mode, PromptLookup):
+                mode.close()
+        except GeneratorExit:
+            if mode is not None:
+                self._prefix.reset()
+            raise
         except Exception as error:
             self._prefix.reset()  # the cache may hold half a step
             self._raise_typed(error)
-        yield self._done(request, assembler, ids, cached, (started, first or time.perf_counter(), last), chain, ignored)
+        modes = {name: sampler[name] for name in MODES & table.active(sampler).keys() - ignored.keys()}
+        done = self._done(request, assembler, ids, cached, (started, first or time.perf_counter(), last), chain, ignored)
+        yield replace(done, applied={**done.applied, **modes})
+
+    def _mode(
+        self, sampler: dict[str, Any], ids: list[int], answer: int, ignored: dict[str, str]
+    ) -> tuple[Guidance | PromptLookup | None, dict[str, str]]:
+        """The way to decode that these parameters ask for, and what is ignored with it. `answer` is its longest length."""
+        on = table.active(sampler)
+        if "guidance_scale" in on:
+            negative = self.text.encode(on["negative_prompt"], False) if "negative_prompt" in on else ids[-1:]
+            if max(len(negative), len(ids)) + answer > self.info.context_length:
+                raise ContextLengthExceeded(
+                    "The negative prompt leaves no room for the answer.", hint="Shorten it.", param="negative_prompt"
+                )
+            if "prompt_lookup_num_tokens" in on:
+                ignored = ignored | {"prompt_lookup_num_tokens": "Guidance computes every token by itself."}
+            return Guidance(self, negative, on["guidance_scale"], PrefixCache(self._model)), ignored
+        if "prompt_lookup_num_tokens" in on:
+            if not PromptLookup.can(self):
+                return None, ignored | {"prompt_lookup_num_tokens": "This model's cache can't drop a wrong draft."}
+            room = self.info.context_length - len(ids)
+            return PromptLookup(self, ids, on["prompt_lookup_num_tokens"], room), ignored
+        return None, ignored
 
     def _assembler(self, request: GenerationRequest, ids: list[int], constraint: Constraint | None = None) -> TokenAssembler:
         decode = self.text.decoder(bool(request.sampling.get("skip_special_tokens", True)))
@@ -177,8 +215,16 @@ class HfRunner:
             yield position, logits if position == len(ids) else None
 
     def _step(self, ids: list[int], keep: int) -> Any:
+        """`forward` with the cache kept between requests."""
+        return self.forward(self._prefix, ids, keep)
+
+    @property
+    def prefix(self) -> PrefixCache:
+        return self._prefix
+
+    def forward(self, prefix: PrefixCache, ids: list[int], keep: int) -> Any:
         """One forward pass over the next `ids`; the logits of the last `keep` positions: [vocab] for 1, else [keep, vocab]."""
-        torch, prefix = self._torch, self._prefix
+        torch = self._torch
         if prefix.cache is None:
             prefix.reset()
         with torch.inference_mode():

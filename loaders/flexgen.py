@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from loaders._flexgen_model import FlexModel
     from modules.detect.opt import OptShape
 
-_NEEDS_MODEL = frozenset("num_beams length_penalty early_stopping guidance_scale penalty_alpha prompt_lookup_num_tokens".split())
+_NEEDS_MODEL = frozenset(
+    "num_beams length_penalty early_stopping guidance_scale negative_prompt penalty_alpha prompt_lookup_num_tokens".split()
+)
 _PERCENT = "Percent of the {} on GPU, CPU and disk; they add up to 100."
 _OFFLOAD = "switchyard-flexgen-"
 

@@ -27,7 +27,9 @@ if TYPE_CHECKING:
     from loaders._xllamacpp_server import ServerModel
 
 _CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
-_LACKING = frozenset("guidance_scale penalty_alpha num_beams length_penalty early_stopping prompt_lookup_num_tokens".split())
+_LACKING = frozenset(
+    "guidance_scale negative_prompt penalty_alpha num_beams length_penalty early_stopping prompt_lookup_num_tokens".split()
+)
 
 SPEC = LoaderSpec(
     name="llamacpp",

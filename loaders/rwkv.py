@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from modules.engine import Progress
 
 _BEAMS = frozenset({"num_beams", "length_penalty", "early_stopping"})
-_NEED_THE_MODEL = frozenset({"guidance_scale", "penalty_alpha", "prompt_lookup_num_tokens"})
+_NEED_THE_MODEL = frozenset({"guidance_scale", "negative_prompt", "penalty_alpha", "prompt_lookup_num_tokens"})
 
 SPEC = LoaderSpec(
     name="rwkv",

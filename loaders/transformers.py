@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from loaders._hf_generate import HfRunner
 
 _BEAMS = frozenset({"num_beams", "length_penalty", "early_stopping"})
-_NOT_YET = frozenset({"guidance_scale", "penalty_alpha", "prompt_lookup_num_tokens"})
+_NOT_YET = frozenset({"penalty_alpha"})
 # What beam search honours beside its own parameters, under generate()'s names.
 _WITH_BEAMS = {
     "repetition_penalty": "repetition_penalty",

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class TokenAssembler:
     """Give it each sampled token; it gives the event to yield and says when to stop.
 
-    `eos_ids` end the text and are not shown; `room` is the number of tokens the context still holds. `constraint` ends the text
-    where its grammar does, and only there: a minimum length or ignore_eos mean nothing beside it.
+    `eos_ids` end the text and are not shown; `room` is the number of tokens the context still holds, `limit` the most there may
+    be. `constraint` ends the text where its grammar does, and only there: a minimum length or ignore_eos mean nothing beside it.
     """
 
     def __init__(
@@ -32,14 +32,14 @@ class TokenAssembler:
         self._request_id = request.request_id
         self._detokenizer = detokenizer
         self._matcher = StopMatcher(stop.stop)
-        self._limit = room if stop.max_tokens is None else min(stop.max_tokens, room)
+        self.limit = room if stop.max_tokens is None else min(stop.max_tokens, room)
         self._min_tokens = stop.min_tokens if constraint is None else 0
         ends_itself = constraint is not None or not stop.ignore_eos
         self._ends = frozenset(stop.stop_token_ids) | (eos_ids if ends_itself else frozenset())
         self._pending_ids: list[int] = []
         self._pending_logprobs: list[TokenLogprob] = []
         self.count = 0
-        self.finish_reason: FinishReason | None = "length" if self._limit <= 0 else None
+        self.finish_reason: FinishReason | None = "length" if self.limit <= 0 else None
 
     @property
     def stop_match(self) -> str | None:
@@ -69,7 +69,7 @@ class TokenAssembler:
         elif self._constraint is not None and self._constraint.complete:
             self.finish_reason = "stop"
             text += self._end_text()
-        elif self.count >= self._limit:
+        elif self.count >= self.limit:
             self.finish_reason = "length"
             text += self._end_text()
         return self._event(text)

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # What this chain honours. Guidance, contrastive and beam search and drafting need the model, not only its logits.
 SUPPORTED = frozenset(sampling.PARAMETERS) - {
     "guidance_scale",
+    "negative_prompt",
     "penalty_alpha",
     "num_beams",
     "length_penalty",

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 from modules.errors import InvalidParameter, UnsupportedParameter
 
-Kind = Literal["float", "int", "bool", "strings", "names", "bias"]
+MAX_TEXT = 100_000
+Kind = Literal["float", "int", "bool", "text", "strings", "names", "bias"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +57,10 @@ class Parameter:
             return self._check_number(value, name)
         if self.kind in ("strings", "names"):
             return self._check_strings(value, name)
+        if self.kind == "text":
+            if not isinstance(value, str) or len(value) > MAX_TEXT:
+                raise self._invalid(name, f"must be text of at most {MAX_TEXT} characters")
+            return value
         return self._check_bias(value, name)
 
     def _check_number(self, value: Any, name: str) -> float | int:
@@ -425,6 +430,7 @@ PARAMETERS: dict[str, Parameter] = {
             100.0,
             (-0.5, 2.5, 0.05),
         ),
+        _P("negative_prompt", "text", "", "Guidance: the text to lead away from; empty is the prompt's last token.", "Search"),
         _P(
             "penalty_alpha",
             "float",
@@ -484,6 +490,7 @@ SUBORDINATE: dict[str, str] = {
     "mirostat_tau": "mirostat_mode",
     "mirostat_eta": "mirostat_mode",
     "adaptive_decay": "adaptive_target",
+    "negative_prompt": "guidance_scale",
     "length_penalty": "num_beams",
     "early_stopping": "num_beams",
 }

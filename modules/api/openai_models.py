@@ -263,7 +263,15 @@ def schema_of(model: type[BaseModel], *, samplers: bool = True) -> dict[str, Any
     """The JSON schema of a body for /docs; with `samplers` the sampling parameters are among its fields."""
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
     definitions = schema.pop("$defs", {})
-    kinds = {"float": "number", "int": "integer", "bool": "boolean", "strings": "array", "names": "array", "bias": "object"}
+    kinds = {
+        "float": "number",
+        "int": "integer",
+        "bool": "boolean",
+        "text": "string",
+        "strings": "array",
+        "names": "array",
+        "bias": "object",
+    }
     for parameter in sampling.PARAMETERS.values() if samplers else ():
         entry: dict[str, Any] = {"type": kinds[parameter.kind], "description": parameter.help}
         if parameter.minimum is not None:

@@ -47,7 +47,7 @@ def control(parameter: Parameter) -> Any:
         return gr.Checkbox(**common)
     if parameter.kind == "names":
         return gr.Dropdown(choices=list(parameter.choices), multiselect=True, **common)
-    if parameter.kind in ("strings", "bias"):
+    if parameter.kind in ("text", "strings", "bias"):
         return gr.Textbox(lines=1, max_lines=4, **common)
     if parameter.ui is None:
         return gr.Number(precision=0 if parameter.kind == "int" else None, **common)
@@ -104,7 +104,7 @@ class ParameterPanel:
         """Connect the controls to the browser's write-through."""
         for name, component in self._controls.items():
             kind = PARAMETERS[name].kind
-            event = component.blur if kind in ("strings", "bias") else component.input
+            event = component.blur if kind in ("text", "strings", "bias") else component.input
             _in_browser(event, component, f"saveParameter('{name}', '{kind}', value)")
         _in_browser(self._max_tokens.input, self._max_tokens, "saveSetting('max_tokens', value > 0 ? value : null)")
         _in_browser(self._stop.blur, self._stop, "saveStop(value)")
