@@ -255,7 +255,10 @@ async def samplers(api: Api) -> str:
         if name in sampling.SUBORDINATE:
             continue
         value = ON.get(name, _other(parameter))
-        answer = await api.chat("Hello", max_tokens=1, **{name: value})
+        try:
+            answer = await api.chat("Hello", max_tokens=1, **{name: value})
+        except Failed as error:
+            raise Failed(f"{name}: {error}") from None
         if any(name in warning for warning in answer["warnings"]):
             missing.append(name)
     total = len(sampling.PARAMETERS.keys() - sampling.SUBORDINATE.keys())
