@@ -18,16 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from api_throughput import PROMPT, RawLoop, through_api
-from common import ROOT, Overlays, Server, report
+from common import ROOT, Server, report
+
+from modules.overlays import Overlays
 
 HISTORY = 1000
 
 
 def first_token(server: Server, prompt: str, tokens: int = 8) -> tuple[float, dict[str, Any], str]:
     """Seconds to the first token of a text completion, its usage, and the text."""
-    body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ban_eos_token": True, "stream": True}
+    body: dict[str, Any] = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ban_eos_token": True, "stream": True}
     body["stream_options"] = {"include_usage": True}
-    started, first, usage, text = time.perf_counter(), 0.0, {}, ""
+    usage: dict[str, Any] = {}
+    started, first, text = time.perf_counter(), 0.0, ""
     with server.http.stream("POST", "/v1/completions", json=body) as answer:
         answer.raise_for_status()
         for line in answer.iter_lines():

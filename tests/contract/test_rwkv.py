@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np  # noqa: TID253 - a test, not the server
 import pytest
-from numpy.typing import NDArray  # noqa: TID253
 
 from loaders.rwkv import SPEC
 from modules.convert.unpickle import convert_pickle
@@ -25,7 +24,7 @@ from tests.contract.rows import Row
 if TYPE_CHECKING:
     from modules.overlays import Overlays
 
-Array = NDArray[Any]
+Array = Any  # of numpy, float64
 Weights = dict[str, Array]
 LAYERS, HIDDEN, HEADS, SIDE, INNER, VOCAB = 2, 32, 2, 16, 64, 256
 IDS = [int(i) for i in np.random.default_rng(5).integers(0, VOCAB, 40)]
