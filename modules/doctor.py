@@ -99,11 +99,12 @@ def check(name: str, spec: LoaderSpec | None, overlays: Overlays, config: Config
     row.installed = status.installed
     device = device_problem(spec)
     row.device_ok = device is None
-    if status.installed:
+    if device:  # no use in installing or importing what this machine can't run
+        row.fix = device
+    elif status.installed:
         _check_import(row, spec, overlays)
-    else:  # no use in installing what this machine can't run
-        row.fix = device or status.fix
-    row.fix = row.fix or device or ""
+    else:
+        row.fix = status.fix
     if row.importable and row.device_ok:
         _check_smoke(row, spec, overlays, config)
     if name == "llamacpp":

@@ -115,6 +115,15 @@ def test_a_machine_without_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "use another loader" in str(device_problem(spec(platforms=("plan9",))))
 
 
+def test_what_the_machine_can_not_run_is_neither_imported_nor_to_be_installed(
+    overlays: Overlays, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "nvidia_present", lambda: False)
+    row = check("x", spec(needs_cuda=True, probe=("no_such_module_of_ours",)), overlays, Config())
+    assert (row.importable, row.device_ok, row.smoke_ok) == (False, False, False)
+    assert row.fix.startswith("needs an NVIDIA GPU") and "install the card's driver" in row.fix
+
+
 def test_the_smallest_bundled_model_is_tried() -> None:
     model = smoke_model(ECHO, Config())
     assert model is not None
