@@ -158,35 +158,33 @@ class _Prefix:
         limit = min(len(self.ids), len(prompt) - 1)
         while shared < limit and self.ids[shared] == prompt[shared]:
             shared += 1
-        self._cut(shared)
+        self.cut(shared)
         return shared
 
     def reset(self) -> None:
-        self._cut(0)
+        self.cut(0)
 
-    def _cut(self, length: int) -> None:
+    def can_cut(self) -> bool:
+        return True
+
+    def cut(self, length: int) -> bool:
+        """Forget what is behind the first `length` tokens."""
         del self.ids[length:]
         self.decoder.crop(length)
+        return True
 
 
 class DecoderRunner(HfRunner):
     """`HfRunner` with its steps taken by a `Decoder`."""
 
-    def _new_prefix(self, loaded: Loaded) -> _Prefix:
-        return _Prefix(Decoder(loaded.model, loaded.info.context_length))
+    def _new_prefix(self) -> _Prefix:
+        return _Prefix(Decoder(self._model, self.info.context_length))
 
-    def _step(self, ids: list[int], keep: int) -> Any:
+    def forward(self, prefix: Any, ids: list[int], keep: int) -> Any:
         with torch.inference_mode():
-            logits = self._prefix.decoder.step(ids, keep)
-            self._prefix.ids.extend(ids)
+            logits = prefix.decoder.step(ids, keep)
+            prefix.ids.extend(ids)
             return logits[-1] if keep == 1 else logits
-
-    def _score_beside(self, ids: list[int]) -> list[float]:
-        kept, self._prefix = self._prefix, _Prefix(Decoder(self._model, self.info.context_length))
-        try:
-            return self.score(ids)
-        finally:
-            self._prefix = kept
 
 
 def make_runner(loaded: Loaded, prefill_chunk: int) -> HfRunner:

@@ -50,6 +50,10 @@ class PrefixCache:
             return 0
         return shared
 
+    def can_cut(self) -> bool:
+        """Whether `cut` works for this model's cache."""
+        return self.cache is not None and _hf_compat.can_crop(self.cache)
+
     def cut(self, length: int) -> bool:
         """Forget what is behind the first `length` tokens; False where that is not possible."""
         surplus = len(self.ids) - length
@@ -83,7 +87,7 @@ class HfRunner:
         self.info = loaded.info
         self._eos_ids = loaded.eos_ids
         self._chunk = prefill_chunk
-        self._prefix: Any = self._new_prefix(loaded)
+        self._prefix: Any = self._new_prefix()
         # Some models of transformers 4 compute every position's logits; what is not asked for is left aside.
         forward = getattr(loaded.model, "forward", None)
         self._keeps = forward is not None and "logits_to_keep" in inspect.signature(forward).parameters
@@ -99,9 +103,9 @@ class HfRunner:
             raise
         self._prefix.reset()
 
-    def _new_prefix(self, loaded: Loaded) -> Any:
-        """What remembers the text that has been read; `loaders._rwkv_run` has another kind."""
-        return PrefixCache(loaded.model)
+    def _new_prefix(self) -> Any:
+        """What remembers the text that has been read; other runners have other kinds."""
+        return PrefixCache(self._model)
 
     def _prompt_of_one(self) -> list[int]:
         return [self.text.bos_id if self.text.bos_id is not None else min(self._eos_ids, default=0)]
@@ -192,9 +196,9 @@ class HfRunner:
                 )
             if "prompt_lookup_num_tokens" in on:
                 ignored = ignored | {"prompt_lookup_num_tokens": "Guidance computes every token by itself."}
-            return Guidance(self, negative, on["guidance_scale"], PrefixCache(self._model)), ignored
+            return Guidance(self, negative, on["guidance_scale"], self._new_prefix()), ignored
         if "prompt_lookup_num_tokens" in on:
-            if not PromptLookup.can(self):
+            if not self._prefix.can_cut():
                 return None, ignored | {"prompt_lookup_num_tokens": "This model's cache can't drop a wrong draft."}
             room = self.info.context_length - len(ids)
             return PromptLookup(self, ids, on["prompt_lookup_num_tokens"], room), ignored
@@ -357,7 +361,7 @@ class HfRunner:
 
     def _score_beside(self, ids: list[int]) -> list[float]:
         """`score` with the generation's cache put aside."""
-        kept, self._prefix = self._prefix, PrefixCache(self._model)
+        kept, self._prefix = self._prefix, self._new_prefix()
         try:
             return self.score(ids)
         finally:

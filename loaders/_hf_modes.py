@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from loaders import _hf_compat
-
 if TYPE_CHECKING:
     from loaders._hf_generate import HfRunner, PrefixCache
 
@@ -50,11 +48,6 @@ class PromptLookup:
         self._draft: list[int] = []  # in the KV cache, not picked yet
         self._rows: list[Any] = []  # the logits after each of them
         self.accepted = 0
-
-    @staticmethod
-    def can(runner: HfRunner) -> bool:
-        """Whether the KV cache can drop a draft that was not picked."""
-        return runner.prefix.cache is not None and _hf_compat.can_crop(runner.prefix.cache)
 
     def next(self, token: int) -> Any:
         self._text.append(token)

@@ -30,7 +30,7 @@ class RwkvRunner(HfRunner):
         self._step(self._prompt_of_one() * 2, 1)  # several tokens at once are another path: it, too, is set up now
         self._states.forget()
 
-    def _new_prefix(self, loaded: Loaded) -> StateCache:
+    def _new_prefix(self) -> StateCache:
         return self._states
 
     def _assembler(self, request: GenerationRequest, ids: list[int], constraint: Constraint | None = None) -> TokenAssembler:

@@ -38,8 +38,8 @@ SPEC = LoaderSpec(
             "choice",
             "auto",
             "How packed layers are computed. int8: own kernel, activations rounded to 8 bits, fastest; exact: own kernel, "
-            "float32 activations; int4: torch's kernel, bf16 activations; dense: float32 in memory, exact; unpack: dequantised at "
-            "each call, exact and slow; triton: CUDA. auto: exact for small models, else int8; Triton on CUDA.",
+            "float32 activations; int4: torch's kernel, bf16 activations; dense: float32 in memory, exact; unpack: dequantised "
+            "at each call, exact and slow; triton: CUDA. auto: exact for small models, else int8; Triton on CUDA.",
             choices=("auto", "int8", "exact", "int4", "dense", "unpack", "triton"),
         ),
         OptionSpec("cpu", "bool", False, "Stay on the CPU even if there is a GPU."),
