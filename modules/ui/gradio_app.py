@@ -5,6 +5,7 @@ Importing this module imports Gradio, which takes seconds: the server does it in
 
 from __future__ import annotations
 
+import contextlib
 import os
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -15,6 +16,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("GRADIO_RUN_HISTORY", "False")
 
 import gradio as gr
+from gradio.routes import App
 from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
 
@@ -29,6 +31,8 @@ from modules.ui.theme import make_theme
 from modules.ui.views import backends_view, chat_view, models_view, shell_view
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from fastapi import FastAPI
     from starlette.responses import Response
     from starlette.types import Scope
@@ -105,7 +109,8 @@ def build_blocks(services: Services) -> gr.Blocks:
 
 def mount(app: FastAPI, services: Services) -> Mounted:
     """Add the page to a running server, behind every route it has. Slow: call it in a thread, then await `start`."""
-    blocks = build_blocks(services)
+    with _no_spare_apps():
+        blocks = build_blocks(services)
     blocks._queue.sleep_when_free = QUEUE_POLL_S
     blocks._queue.progress_update_sleep_when_free = PROGRESS_POLL_S
     blocks.state_session_capacity = SESSIONS
@@ -123,20 +128,36 @@ def mount(app: FastAPI, services: Services) -> Mounted:
         theme=make_theme(),
         head=HEAD,
     )
-    return Mounted(app, blocks)
+    mounted = Mounted(app, blocks)
+    blocks.app = mounted.gradio
+    return mounted
+
+
+@contextlib.contextmanager
+def _no_spare_apps() -> Iterator[None]:
+    """Blocks make an application when they begin and when they end, mounting makes a third: only that one ever answers.
+
+    Each costs a tenth of a second of the start (internal to Gradio: tests/ui covers it).
+    """
+    create = App.create_app
+    App.create_app = staticmethod(lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        App.create_app = staticmethod(create)
 
 
 class Mounted:
     """The mounted page. The server's own start-up is over by then, so Gradio's has to be run by hand."""
 
     def __init__(self, app: FastAPI, blocks: gr.Blocks) -> None:
-        self._gradio: Any = next(route.app for route in reversed(app.routes) if isinstance(route, Mount) and route.path == "")
+        self.gradio: Any = next(route.app for route in reversed(app.routes) if isinstance(route, Mount) and route.path == "")
         self._blocks = blocks
         self._stack = AsyncExitStack()
 
     async def start(self) -> None:
         """Run what the Gradio app does at start-up (internal to Gradio: tests/ui covers it)."""
-        await self._stack.enter_async_context(self._gradio.router.lifespan_context(self._gradio))
+        await self._stack.enter_async_context(self.gradio.router.lifespan_context(self.gradio))
         self._blocks.run_startup_events()
         await self._blocks.run_extra_startup_events()
 

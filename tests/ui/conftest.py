@@ -118,7 +118,11 @@ def start_server(folder: Path, *flags: str) -> Server:
         process.kill()
         raise AssertionError(f"the server did not start: {line!r} {(folder / 'server.log').read_text(encoding='utf-8')[-3000:]}")
     server = Server(line[line.index("http") :].strip().split("?")[0].rstrip("/"), process, data)
-    wait(lambda: _health(server).get("ui") == "ready", 60)
+    try:
+        wait(lambda: _health(server).get("ui") == "ready", 120)
+    except BaseException:
+        stop_server(server)
+        raise
     return server
 
 
