@@ -220,7 +220,7 @@ def read_text(place: Path, vocab: int, choice: str) -> tuple[ByteCodec | TextCod
             )
         return _json_codec(beside, vocab, folder)
     if kind == "bytes" and vocab >= BYTE_SIZE:
-        return byte_codec(), _sidecars(folder, None)
+        return byte_codec(), Sidecars(frozenset({0}))  # as in RWKV's other vocabularies; no text holds a zero byte
     if kind == "world" and vocab >= WORLD_SIZE:
         spec = importlib.util.find_spec("rwkv")
         package = Path(spec.origin).parent if spec and spec.origin else Path()
@@ -251,8 +251,6 @@ def _json_codec(path: Path, vocab: int, folder: Path | None) -> tuple[TextCodec,
 
 
 def _sidecars(folder: Path | None, core: Any) -> Sidecars:
-    if core is None:
-        return Sidecars()
     if folder is None:
         end = core.token_to_id(END_OF_TEXT)
         return Sidecars(frozenset() if end is None else frozenset({end}), eos=None if end is None else END_OF_TEXT)

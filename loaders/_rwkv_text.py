@@ -67,7 +67,7 @@ class ByteCodec:
 
 
 def byte_codec() -> ByteCodec:
-    """One id per byte. There is no end of text."""
+    """One id per byte."""
     return ByteCodec({i: bytes([i]) for i in range(BYTE_SIZE)}, None)
 
 
