@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import importlib
 import ipaddress
+import itertools
 import os
 import shlex
 import sys
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.errors import ConfigError
-from modules.foreign_flags import BARE, FOREIGN_FLAGS, TRANSLATED
+from modules.foreign_flags import BARE, FOREIGN_FLAGS, JOINED, NO, TRANSLATED, YES, YES_OR_NO
 from modules.options import ROOT as ROOT
 from modules.options import Formatter, Kind, Option, Parser, add_options, build_parser, sample_file
 
@@ -387,6 +388,12 @@ def adopt_foreign_flags(line: Sequence[str], known: set[str]) -> tuple[list[str]
         why = FOREIGN_FLAGS.get(flag)
         if flag in BARE and not equals and (not words or words[0].startswith("--") or words[0] in COMMANDS):
             kept += [flag, BARE[flag]]
+        elif flag in JOINED and not equals:
+            taken = list(itertools.takewhile(_is_number, words[: JOINED[flag]]))
+            del words[: len(taken)]
+            kept += [f"{flag}={' '.join(taken)}"] if taken else [flag]
+        elif flag in YES_OR_NO and not equals and words and words[0].lower() in YES | NO:
+            kept.append(flag if words.pop(0).lower() in YES else flag.replace("--", "--no-", 1))
         elif flag in known or (flag not in TRANSLATED and why is None):
             kept.append(word)
         elif flag in TRANSLATED:
@@ -399,6 +406,10 @@ def adopt_foreign_flags(line: Sequence[str], known: set[str]) -> tuple[list[str]
             if not equals:
                 _drop_values(words, why.takes_values)
     return kept, warnings
+
+
+def _is_number(word: str) -> bool:
+    return word.replace(".", "", 1).isdecimal()
 
 
 def _drop_values(words: list[str], most: int) -> None:

@@ -27,6 +27,11 @@ TRANSLATED: dict[str, tuple[str, ...]] = {
 # Switches there, flags with a value here: what the bare flag means.
 BARE: dict[str, str] = {"--numa": "distribute"}
 
+# Flags that take several words there and one here: their words are joined.
+JOINED: dict[str, int] = {"--percent": 6}
+# Switches that take a yes or no as a word of its own there.
+YES_OR_NO = frozenset({"--pin-weight"})
+YES, NO = frozenset("yes true t y 1".split()), frozenset("no false f n 0".split())
 
 _ALWAYS_API = "the API is always on, on the same port as the page."
 _NO_SHARE = "Switchyard opens no public tunnel; use a reverse proxy or SSH."
@@ -117,9 +122,6 @@ _TABLE: dict[str, ForeignFlag] = {
     "--parallel": ForeignFlag("requests to one model wait in a fair queue.", 1),
     "--mmproj": ForeignFlag("models take text only.", 1),
     "--trust-remote-code": ForeignFlag("a model's own Python code is never run."),
-    "--percent": ForeignFlag(_NOT_YET, 2),
-    "--compress-weight": ForeignFlag(_NOT_YET),
-    "--pin-weight": ForeignFlag(_NOT_YET, 1),
     "--enable-thinking": ForeignFlag(_PER_REQUEST),
     "--preserve-thinking": ForeignFlag(_PER_REQUEST),
     "--reasoning-effort": ForeignFlag(_PER_REQUEST, 1),

@@ -167,8 +167,12 @@ def test_flags_that_mean_the_same_are_translated(tmp_path: Path) -> None:
     config = read(tmp_path, "--bf16", "--cache-type", "q8_0", "--percent", "0", "100", "100", "0", "100", "0", "doctor")
     assert config.loader_options["dtype"] == "bfloat16"
     assert config.loader_options["cache_type_k"] == config.loader_options["cache_type_v"] == "q8_0"
+    assert config.loader_options["percent"] == "0 100 100 0 100 0"
     assert config.command == "doctor"
-    assert len(config.warnings) == 1
+    assert config.warnings == ()
+    for words, expected in ((["--pin-weight", "False"], False), (["--pin-weight", "true"], True), (["--pin-weight"], True)):
+        assert read(tmp_path, *words).loader_options["pin_weight"] is expected
+    assert read(tmp_path, "--percent", "0 100 0 100 0 100", "doctor").loader_options["percent"] == "0 100 0 100 0 100"
 
 
 def test_listening_to_others_needs_a_key(tmp_path: Path) -> None:

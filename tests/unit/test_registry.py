@@ -91,7 +91,8 @@ def test_the_parent_never_imports_a_backend() -> None:
     script = f"""
 import importlib, pkgutil, sys
 import modules, loaders
-worker_only = ("modules.sampler_", "modules.samplers", "modules.quantize._", "modules.quantize.child", "modules.convert.children")
+worker_only = ("modules.sampler_", "modules.samplers", "modules.opt_weights")
+worker_only += ("modules.quantize._", "modules.quantize.child", "modules.convert.children")
 def walk(package, page):
     for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         if found.name.startswith("modules.ui") == page and not found.name.startswith(worker_only) and "._" not in found.name:
