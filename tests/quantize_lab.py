@@ -374,13 +374,15 @@ def out_of_memory(folder: Path) -> Any:
     from transformers import LlamaConfig
 
     base = folder / "wide"
-    make_model(base, LlamaConfig(**configs()["llama"].to_dict() | {"intermediate_size": 2048}))
+    make_model(base, LlamaConfig(**configs()["llama"].to_dict() | {"intermediate_size": 3072}))
     unlimited = resource.getrlimit(resource.RLIMIT_AS)
 
     def tighten(event: dict[str, Any]) -> None:
         if event.get("block") == 2 and event["layer"].endswith("o_proj"):
             used = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
-            resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 20), unlimited[1]))  # one Hessian of down_proj takes 16 MiB
+            resource.setrlimit(
+                resource.RLIMIT_AS, (used + (4 << 20), unlimited[1])
+            )  # down_proj's Hessian: 36 MiB, beyond what malloc keeps
 
     def run(out: str) -> None:
         try:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -302,7 +303,9 @@ def test_ctrl_c_at_the_command_line(overlays: Overlays, tmp_path: Path) -> None:
         "env": environment,
         "cwd": ROOT,
     }
-    with subprocess.Popen(command, **pipes) as process:
+    # A shell's background jobs ignore SIGINT, and so would their children.
+    heard = partial(signal.signal, signal.SIGINT, signal.default_int_handler)
+    with subprocess.Popen(command, **pipes, preexec_fn=heard) as process:
         assert process.stdout is not None and process.stderr is not None
         for line in process.stdout:
             if "block 2/10" in line:
