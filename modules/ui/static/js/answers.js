@@ -49,7 +49,7 @@ export class Answers {
   }
 
   #name(row) {
-    return row.loader_title && !row.label.includes('@') ? `${row.label} through ${row.loader_title}` : row.label.replace('@', ' through ');
+    return `${row.model} through ${row.loader_title || row.loader}`;
   }
 
   #question(question, at) {
