@@ -50,8 +50,8 @@ async def convert_flexgen(
 ) -> Converted:
     """Write the folder, or go on with one that was begun. Cancelling ends the child and keeps the arrays that are whole.
 
-    Raises IncompatibleModel for what is no OPT, CorruptModel, Conflict when a whole model is there, StorageFull before anything is
-    written where the disk has no room, BackendUnavailable.
+    Raises IncompatibleModel for what is no OPT, CorruptModel, Conflict when a whole model is there, BackendUnavailable, and
+    StorageFull before anything is written where the disk has no room.
     """
     started = time.monotonic()
     overlays = overlays or Overlays.find()
