@@ -1,4 +1,4 @@
-"""The files of a GPTQ checkpoint in AutoGPTQ's v1 layout, written as a stream: no more than one tensor is in memory.
+"""The files of a GPTQ checkpoint in AutoGPTQ's v1 layout or v2, written as a stream: no more than one tensor is in memory.
 
 Layout: per linear layer `qweight` int32 [in·bits/32, out], `qzeros` int32 [groups, out·bits/32] with zero − 1, `scales` float16
 [groups, out], `g_idx` int32 [in], `bias` float16 where there is one; all other tensors as in the base model (float32 as float16).
@@ -57,11 +57,11 @@ class Source:
         return int(self.dtype.itemsize) * prod(self.shape)
 
 
-def layer_tensors(name: str, layer: QuantizedLayer, bias: Tensor | None, bits: int) -> dict[str, Tensor]:
+def layer_tensors(name: str, layer: QuantizedLayer, bias: Tensor | None, bits: int, *, v1: bool = True) -> dict[str, Tensor]:
     """The tensors of one quantised layer under their names in the file."""
     tensors = {
         f"{name}.qweight": torch.from_numpy(pack_rows(layer.codes.cpu().numpy(), bits)),
-        f"{name}.qzeros": torch.from_numpy(pack_zeros(layer.zeros.cpu().numpy(), bits)),
+        f"{name}.qzeros": torch.from_numpy(pack_zeros(layer.zeros.cpu().numpy(), bits, v1=v1)),
         f"{name}.scales": layer.scales.cpu().contiguous(),
         f"{name}.g_idx": layer.g_idx.cpu().contiguous(),
     }
@@ -136,7 +136,7 @@ def quantize_config(settings: QuantizeSettings, damp: float) -> dict[str, Any]:
         "lm_head": False,
         "true_sequential": settings.true_sequential,
         "quant_method": "gptq",
-        "checkpoint_format": "gptq",
+        "checkpoint_format": settings.checkpoint_format,
         "model_name_or_path": None,
         "model_file_base_name": "model",
         "meta": {

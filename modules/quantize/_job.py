@@ -201,6 +201,7 @@ class _Run:
         self._dtype = torch.float32 if self._device.type == "cpu" else base.model.dtype
         self._names = list(tree.linears(blocks.modules[0]))
         self._orders: dict[Any, list[list[str]]] = {}
+        self._v1 = job.settings.checkpoint_format == "gptq"
         self._fresh = 0
         self._clock = time.monotonic()
 
@@ -300,7 +301,7 @@ class _Run:
             module = block.get_submodule(local)
             stem = self._stem(f"{name}.{local}")
             bias = module.bias if isinstance(module.bias, torch.Tensor) else None
-            tensors.update(layer_tensors(stem, layer, bias, self._job.settings.bits))
+            tensors.update(layer_tensors(stem, layer, bias, self._job.settings.bits, v1=self._v1))
         done = self._job.work / f"block-{index:04}"
         sources = [Source(key, t.dtype, tuple(t.shape), partial(_same, t)) for key, t in tensors.items()]
         write_safetensors(done.with_suffix(".safetensors"), sources)
@@ -318,7 +319,7 @@ class _Run:
             layer = QuantizedLayer(
                 torch.from_numpy(unpack_rows(tensors[f"{stem}.qweight"].numpy(), bits)),
                 tensors[f"{stem}.scales"],
-                torch.from_numpy(unpack_zeros(tensors[f"{stem}.qzeros"].numpy(), bits)),
+                torch.from_numpy(unpack_zeros(tensors[f"{stem}.qzeros"].numpy(), bits, v1=self._v1)),
                 tensors[f"{stem}.g_idx"],
                 0.0,
             )

@@ -12,7 +12,7 @@ from modules.detect import find_model
 from modules.errors import AppError, IncompatibleModel
 from modules.quantize.process import QuantizeJob, default_out, quantize
 from modules.quantize.provenance import described, read_provenance
-from modules.quantize.settings import BITS, ENGINES, GROUP_SIZES, METHODS, QuantizeSettings
+from modules.quantize.settings import BITS, ENGINES, FORMATS, GROUP_SIZES, METHODS, QuantizeSettings
 
 if TYPE_CHECKING:
     from modules.schema import ModelFiles
@@ -52,6 +52,12 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--mse", action="store_true", help="search the range of each grid for the least error")
     parser.add_argument(
         "--calibration", default=defaults.calibration, metavar="FILE", help="UTF-8 text; default: the sample that comes with this"
+    )
+    parser.add_argument(
+        "--checkpoint-format",
+        choices=FORMATS,
+        default=defaults.checkpoint_format,
+        help="gptq, which all readers know; gptq_v2 for --asym in GPTQModel (%(default)s)",
     )
     parser.add_argument("--nsamples", type=int, default=defaults.nsamples, help="windows of calibration text (%(default)s)")
     parser.add_argument("--seqlen", type=int, default=defaults.seqlen, help="tokens per window (%(default)s)")
@@ -98,6 +104,7 @@ def settings_of(args: argparse.Namespace) -> QuantizeSettings:
         calibration=calibration,
         nsamples=args.nsamples,
         seqlen=args.seqlen,
+        checkpoint_format=args.checkpoint_format,
     )
 
 

@@ -12,6 +12,7 @@ from modules.errors import IncompatibleModel, InvalidParameter
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (-1, 32, 64, 128, 256)
 METHODS = ("gptq", "rtn")
+FORMATS = ("gptq", "gptq_v2")
 # Who quantises: this product, or the auto-gptq package in its own environment.
 ENGINES = ("switchyard", "auto-gptq")
 # The format's readers unpack 32 values at a time, whatever the bits.
@@ -24,6 +25,7 @@ class QuantizeSettings:
 
     `damp_percent` is the share of the Hessian's mean diagonal that is added to it. `nsamples` windows of `seqlen` tokens are
     read from `calibration`: a text file, or "bundled". `engine` is one of ENGINES.
+    `checkpoint_format` gptq stores zero points − 1, gptq_v2 as they are.
     """
 
     bits: int = 4
@@ -39,6 +41,7 @@ class QuantizeSettings:
     nsamples: int = 128
     seqlen: int = 512
     engine: str = "switchyard"
+    checkpoint_format: str = "gptq"
 
     @property
     def tag(self) -> str:
@@ -61,6 +64,7 @@ def check_settings(settings: QuantizeSettings) -> None:
     _one_of("bits", s.bits, BITS)
     _one_of("group_size", s.group_size, GROUP_SIZES)
     _one_of("method", s.method, METHODS)
+    _one_of("checkpoint_format", s.checkpoint_format, FORMATS)
     _one_of("engine", s.engine, ENGINES)
     _within("damp", s.damp_percent, 1e-6, 1.0)
     _within("nsamples", s.nsamples, 1, 100_000)

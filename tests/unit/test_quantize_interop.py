@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.slow
 
-# Widths and layouts; auto-gptq has no 2- and 3-bit kernel for a CPU, so it reads those that its own kernels take.
 CASES: dict[str, dict[str, Any]] = {
     "4bit-sym": {"bits": 4, "group_size": 32},
     "4bit-asym-actorder": {"bits": 4, "group_size": 32, "sym": False, "desc_act": True},
@@ -35,7 +34,10 @@ CASES: dict[str, dict[str, Any]] = {
     "8bit": {"bits": 8, "group_size": 64},
     "3bit": {"bits": 3, "group_size": 32},
     "2bit-asym": {"bits": 2, "group_size": 64, "sym": False},
+    "4bit-asym-v2": {"bits": 4, "group_size": 64, "sym": False, "checkpoint_format": "gptq_v2"},
 }
+# auto-gptq 0.7 is older than v2; GPTQModel refuses zero points in every v1 file, since old programs overflowed them.
+NOT_READ = {"autogptq": ("4bit-asym-v2",), "gptqmodel": ("4bit-asym-actorder", "2bit-asym")}
 LIMITS = {"transformers": 0.08, "gptqmodel": 0.04, "autogptq": 0.04}
 
 
@@ -76,10 +78,11 @@ def read(overlays: Overlays, made: Path) -> Callable[[str], dict[str, float]]:
         python = python_of(library, overlays)
         out = made / library
         out.mkdir()
-        paths = [str(made / name) for name in CASES]
+        names = [name for name in CASES if name not in NOT_READ.get(library, ())]
+        paths = [str(made / name) for name in names]
         call([python, str(ROOT / "tests" / "gptq_reader.py"), library, str(made / "ids.json"), str(out), *paths], overlays)
         result = {}
-        for name in CASES:
+        for name in names:
             ours, theirs = np.load(made / f"{name}.npy"), np.load(out / f"{name}.npy")
             result[name] = float(np.abs(ours - theirs).max() / ours.std())
         return result
