@@ -55,7 +55,7 @@ class TextCodec:
             return Vocabulary(size, eos_ids, tokenizer_json=str(self._core.to_str()))
         special = frozenset(int(i) for i in self._tokenizer.all_special_ids)
         tokens = [b"" if i in special else self.token_text(i).encode() for i in range(size)]
-        return Vocabulary(size, eos_ids, tokens=tokens, special_ids=special, encode=lambda text: self.encode(text, False))
+        return Vocabulary(size, eos_ids, tokens=tokens, special_ids=special)
 
     def token_text(self, token_id: int) -> str:
         """One token's text as it stands inside a text: many tokenizers drop a leading space from the first token."""

@@ -60,7 +60,7 @@ class ByteCodec:
         """For grammars."""
         special = frozenset() if self.bos_id is None else frozenset({self.bos_id})
         tokens = [self._pieces.get(i, b"") for i in range(size)]
-        return Vocabulary(size, eos_ids, tokens=tokens, special_ids=special, encode=lambda text: self.encode(text, False))
+        return Vocabulary(size, eos_ids, tokens=tokens, special_ids=special)
 
     def token_text(self, token_id: int) -> str:
         return self.decode([token_id], skip_special=False)

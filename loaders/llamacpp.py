@@ -7,7 +7,6 @@ where xllamacpp's library hides the C interface (Windows): there `_xllamacpp_ser
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -244,8 +243,7 @@ class LlamaCppEngine(Engine):
         tokens = [model.piece(i) for i in range(model.n_vocab)]
         special = frozenset(i for i, piece in enumerate(tokens) if not piece)
         tokens = [piece or model.piece(i, special=True) for i, piece in enumerate(tokens)]
-        encode = functools.partial(model.encode, add_special=False)
-        return Vocabulary(model.n_vocab, model.eos_ids, tokens=tokens, special_ids=special, encode=encode)
+        return Vocabulary(model.n_vocab, model.eos_ids, tokens=tokens, special_ids=special)
 
     def _schema_grammar(self, schema: dict[str, Any]) -> str:
         """GBNF for a JSON schema: llama-cpp-python's converter, or ours, as xllamacpp's makes no GBNF."""

@@ -42,7 +42,6 @@ class Vocabulary:
     tokenizer_json: str | None = None
     tokens: Sequence[bytes] = ()
     special_ids: frozenset[int] = field(default_factory=frozenset)
-    encode: Callable[[str], list[int]] | None = None
 
 
 class Constraint:
@@ -166,7 +165,7 @@ def _source(llguidance: Any, kind: str, form: Any) -> str:
     matcher = llguidance.LLMatcher
     if kind == "json_schema":
         options = {"whitespace_pattern": WHITE_SPACE, "coerce_one_of": True}
-        return str(matcher.grammar_from_json_schema(json.dumps(form), defaults=options))
+        return str(matcher.grammar_from_json_schema(json.dumps(closed(form)), defaults=options))
     if kind == "regex":
         return str(matcher.grammar_from_regex(form))
     from llguidance.gbnf_to_lark import any_to_lark
@@ -175,6 +174,28 @@ def _source(llguidance: Any, kind: str, form: Any) -> str:
         return str(matcher.grammar_from_lark(any_to_lark(form)))
     except Exception as error:  # its own error class, and whatever its parser trips over
         raise _refused(kind, str(error)) from error
+
+
+def closed(schema: Any) -> Any:
+    """The schema with every object that lists its properties, and does not say more, closed to others: what callers mean, what
+    llama.cpp's own converter takes it for, and what keeps a weak model from inventing properties without end. The parts of an
+    allOf stay open, or none could be met beside the others."""
+    if isinstance(schema, list):
+        return [closed(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    made: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in ("properties", "$defs", "definitions", "patternProperties") and isinstance(value, dict):
+            made[key] = {name: closed(item) for name, item in value.items()}
+        elif key in ("items", "prefixItems", "anyOf", "oneOf", "additionalProperties"):
+            made[key] = closed(value)
+        else:  # values (enum, const, default), and the parts of allOf
+            made[key] = value
+    says = ("additionalProperties", "patternProperties", "unevaluatedProperties", "allOf", "$ref")
+    if made.get("properties") and made.get("type", "object") == "object" and not any(key in made for key in says):
+        made["additionalProperties"] = False
+    return made
 
 
 def _refused(kind: str, why: str) -> InvalidGrammar:
@@ -195,28 +216,38 @@ def _tokenizer(llguidance: Any, vocabulary: Vocabulary) -> Any:
     tokens = [bytes(token) for token in vocabulary.tokens] + ([] if eos else [b"<end>"])
     special = sorted(vocabulary.special_ids | set(eos or [len(tokens) - 1]))
     return llguidance.LLTokenizer(
-        llguidance.TokenizerWrapper(_Wrapped(tokens, eos or [len(tokens) - 1], special, vocabulary.encode)),
+        llguidance.TokenizerWrapper(_Wrapped(tokens, eos or [len(tokens) - 1], special)),
         n_vocab=len(tokens),
         eos_token=eos or [len(tokens) - 1],
     )
 
 
 class _Wrapped:
-    """What llguidance wants to know of a tokenizer that is no tokenizer.json."""
+    """What llguidance wants to know of a tokenizer that is no tokenizer.json.
 
-    def __init__(
-        self, tokens: list[bytes], eos: list[int], special: list[int], encode: Callable[[str], list[int]] | None
-    ) -> None:
+    Where the form leaves no choice it spells the forced text with these ids, so they must be its very bytes, and many
+    tokenizers put a blank before the first word. The longest token first comes close to what any tokenizer does.
+    """
+
+    def __init__(self, tokens: list[bytes], eos: list[int], special: list[int]) -> None:
         self.tokens = tokens
         self.eos_token_id = eos[0]
         self.bos_token_id = None
         self.special_token_ids = special
-        self._encode = encode
-        self._bytes = {token: index for index, token in enumerate(tokens) if len(token) == 1}
+        hidden = frozenset(special)
+        self._ids = {token: index for index, token in enumerate(tokens) if token and index not in hidden}
+        self._longest = max(map(len, self._ids), default=1)
 
-    def __call__(self, text: str) -> list[int]:
-        if not isinstance(text, str):
-            raise TypeError("text, not bytes")
-        if self._encode is not None:
-            return self._encode(text)
-        return [self._bytes[bytes([b])] for b in text.encode() if bytes([b]) in self._bytes]
+    def __call__(self, text: bytes) -> list[int]:
+        found: list[int] = []
+        position = 0
+        while position < len(text):
+            for size in range(min(self._longest, len(text) - position), 0, -1):
+                token = self._ids.get(text[position : position + size])
+                if token is not None:
+                    found.append(token)
+                    position += size
+                    break
+            else:
+                position += 1  # a byte that no token holds can't be written at all
+        return found

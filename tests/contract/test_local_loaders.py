@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import re
 import shutil
 import struct
 from array import array
@@ -191,14 +192,22 @@ def test_logprobs_agree_with_scores(bench: Bench) -> None:
     "values", [{"seed": 1}, {"temperature": 0}, {"seed": 1, "tfs": 0.9}, {"seed": 2, "repetition_penalty": 1.3}]
 )
 def test_grammar(bench: Bench, values: dict[str, Any]) -> None:
-    only(bench, "llamacpp")
+    needs(bench, "grammar")
     answer = bench.generate(STORY, grammar='root ::= ("yes" | "no") ("!" | " 你好")', sampling=sampling.check(values))
     assert answer.text in {"yes!", "no!", "yes 你好", "no 你好"}
     assert answer.end.finish_reason == "stop"
 
 
+def test_pattern(bench: Bench) -> None:
+    needs(bench, "regex")
+    for seed in range(3):
+        answer = bench.generate(STORY, regex=r"(Lily|Tim) is [1-9]\.", sampling={"seed": seed})
+        assert re.fullmatch(r"(Lily|Tim) is [1-9]\.", answer.text)
+        assert answer.end.finish_reason == "stop"
+
+
 def test_bad_grammar_is_typed(bench: Bench) -> None:
-    only(bench, "llamacpp")
+    needs(bench, "grammar")
     for grammar in ("root ::= (", "start ::= 'x'", ""):
         with pytest.raises(InvalidGrammar):
             bench.generate(STORY, grammar=grammar)
@@ -215,7 +224,7 @@ SCHEMA = {
 
 @pytest.mark.parametrize("seed", range(4))
 def test_json_schema(bench: Bench, seed: int) -> None:
-    only(bench, "llamacpp")
+    needs(bench, "json_schema")
     answer = bench.generate(
         "JSON:", json_schema=SCHEMA, sampling={"temperature": 0.7, "seed": seed, "top_k": 40}, stop=StopParams(max_tokens=200)
     )
@@ -224,10 +233,35 @@ def test_json_schema(bench: Bench, seed: int) -> None:
     assert value["name"] in ("Lily", "Tim") and isinstance(value["age"], int) and len(value["toys"]) <= 2
 
 
-def test_structured_output_is_not_dropped_in_silence(bench: Bench) -> None:
+def test_beams_and_a_form_are_refused_together(bench: Bench) -> None:
     only(bench, "transformers")
     with pytest.raises(UnsupportedParameter):
-        bench.generate(STORY, grammar='root ::= "yes"')
+        bench.generate(STORY, grammar='root ::= "yes"', sampling={"num_beams": 2})
+
+
+@pytest.mark.parametrize("values", [{"temperature": 0.0}, {"seed": 3, "temperature": 0.9}])
+def test_drafts_from_the_prompt_change_nothing(bench: Bench, values: dict[str, Any]) -> None:
+    if "prompt_lookup_num_tokens" not in bench.spec.samplers:
+        pytest.skip(f"{bench.spec.title} makes no drafts")
+    plain = bench.generate(STORY * 3, sampling=values, stop=LONG)
+    drafted = bench.generate(STORY * 3, sampling={**values, "prompt_lookup_num_tokens": 5}, stop=LONG)
+    assert drafted.ids == plain.ids
+    assert drafted.end.applied["prompt_lookup_num_tokens"] == 5
+    assert bench.generate(STORY * 3, sampling=values, stop=LONG).ids == plain.ids  # and the cache is left as it should be
+
+
+def test_guidance_leads_away_from_the_negative_prompt(bench: Bench) -> None:
+    if "guidance_scale" not in bench.spec.samplers:
+        pytest.skip(f"{bench.spec.title} has no guidance")
+    greedy = {"temperature": 0.0}
+    plain = bench.generate(STORY, sampling=greedy, stop=LONG)
+    same = bench.generate(
+        STORY, sampling={**greedy, "guidance_scale": 2.0, "negative_prompt": STORY}, stop=StopParams(max_tokens=1)
+    )
+    assert same.ids == plain.ids[:1]  # both prompts alike: nothing to lead away from
+    away = bench.generate(STORY, sampling={**greedy, "guidance_scale": 3.0, "negative_prompt": "The dog barked"}, stop=LONG)
+    assert away.ids != plain.ids
+    assert away.end.applied["guidance_scale"] == 3.0
 
 
 def test_token_ids_outside_the_vocabulary(bench: Bench) -> None:

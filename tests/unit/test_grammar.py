@@ -14,7 +14,7 @@ import pytest
 from modules.assemble import TokenAssembler
 from modules.detokenize import ByteDetokenizer
 from modules.errors import InvalidGrammar
-from modules.grammar import Constraint, Grammars, Vocabulary
+from modules.grammar import Constraint, Grammars, Vocabulary, closed
 from modules.samplers import SamplerChain
 from modules.schema import GenerationRequest, StopParams
 from tests.unit.schema_shapes import SHAPES
@@ -126,6 +126,17 @@ def test_a_bomb_ends_in_an_error_not_in_a_hang(shared: Grammars) -> None:
         return
     assert constraint is not None  # llguidance took it within its limits, so it must also run
     constraint.accept(int(constraint.allowed()[0]))
+
+
+def test_objects_that_list_their_properties_are_closed() -> None:
+    leaf = {"properties": {"x": {"type": "integer"}}}
+    assert closed(leaf)["additionalProperties"] is False
+    assert "additionalProperties" not in closed({"type": "object"})
+    assert closed({**leaf, "additionalProperties": True})["additionalProperties"] is True
+    assert closed({"allOf": [leaf, leaf]}) == {"allOf": [leaf, leaf]}
+    assert closed({"type": "array", "items": leaf})["items"]["additionalProperties"] is False
+    assert closed({"const": leaf}) == {"const": leaf}
+    assert closed({"properties": {"properties": leaf}})["properties"]["properties"]["additionalProperties"] is False
 
 
 def test_no_form_no_constraint(shared: Grammars) -> None:
