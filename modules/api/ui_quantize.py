@@ -14,7 +14,7 @@ from modules.errors import AppError, InvalidParameter
 from modules.evaluate import texts
 from modules.paths import confine
 from modules.quantizations import check_source
-from modules.quantize.settings import BITS, GROUP_SIZES, METHODS, QuantizeSettings
+from modules.quantize.settings import BITS, ENGINES, GROUP_SIZES, METHODS, QuantizeSettings
 
 if TYPE_CHECKING:
     from modules.services import Services
@@ -37,7 +37,7 @@ def build_router(services: Services) -> APIRouter:
                 "jobs": jobs.jobs(),
                 "models": await asyncio.to_thread(_sources, services),
                 "defaults": dataclasses.asdict(QuantizeSettings()),
-                "choices": {"bits": BITS, "group_size": GROUP_SIZES, "method": METHODS, "device": DEVICES},
+                "choices": {"bits": BITS, "group_size": GROUP_SIZES, "method": METHODS, "device": DEVICES, "engine": ENGINES},
                 "calibration": [entry["name"] for entry in await asyncio.to_thread(texts.listed, folders) if entry.get("own")],
             }
         )

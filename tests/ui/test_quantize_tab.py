@@ -8,8 +8,9 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from modules.overlays import Overlays
-from modules.quantize.process import OVERLAY, PROBE
+from modules.quantize.process import ENVIRONMENTS
 from tests.conftest import ROOT
+from tests.ui.conftest import wait
 
 if TYPE_CHECKING:
     from tests.ui.conftest import Server, Visit
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 def form(visit: Visit) -> Page:
     """The page, where the quantiser is installed and a model is there."""
     overlays = Overlays.find(ROOT)
-    if not overlays.complete(OVERLAY) or not all(overlays.has_module(OVERLAY, name) for name in PROBE):
+    overlay, probe, _ = ENVIRONMENTS["switchyard"]
+    if not overlays.complete(overlay) or not all(overlays.has_module(overlay, name) for name in probe):
         pytest.skip("the Transformers environment is not installed")
     if not (ROOT / "models" / "wren-6m" / "config.json").is_file():
         pytest.skip("the bundled model is not here")
@@ -46,10 +48,12 @@ def test_a_model_is_quantised_and_loaded(form: Page, server: Server) -> None:
     expect(page.get_by_test_id("dialog")).to_contain_text("exists already")
     page.get_by_test_id("dialog").get_by_role("button", name="Cancel").click()
     job.get_by_test_id("quantize-chat").click()
-    expect(page.get_by_test_id("model-state")).to_have_attribute("data-state", "ready", timeout=200_000)
-    residents = server.api("GET", "/ui-api/models")["residents"]
-    loaded = [resident["model"]["id"] for resident in residents if resident["state"] == "ready"]
-    assert "made here" in loaded
+
+    def ready() -> list[str]:
+        residents = server.api("GET", "/ui-api/models")["residents"]
+        return [resident["model"]["id"] for resident in residents if resident["state"] == "ready"]
+
+    wait(lambda: "made here" in ready(), 200)
     server.load_echo()
 
 

@@ -73,6 +73,8 @@ class QuantizePage {
     this.seqlen = numberInput(defaults.seqlen, { min: 8, max: 1000000 });
     this.damp = numberInput(defaults.damp_percent, { min: 0.000001, max: 1, step: 'any' });
     this.device = select([['auto', 'Best there is'], ['cpu', 'CPU'], ['cuda', 'NVIDIA GPU']], 'auto');
+    this.engine = select(choices.engine.map((name) => [name, name === 'switchyard' ? 'Switchyard' : name]), defaults.engine, { testid: 'quantize-engine' });
+    this.engine.addEventListener('change', chosen);
     this.name = textInput('', { testid: 'quantize-name' });
     this.start = button('Quantise', () => this.#start(), true, 'quantize-start');
     this.calibrated = h('div', { class: 'sy-fields' },
@@ -85,7 +87,7 @@ class QuantizePage {
       h('div', { class: 'sy-fields' }, field('Model', this.model, 'Safetensors folders in 16 or 32 bits.'), this.method, this.bits, this.group),
       h('div', { class: 'sy-ticks' }, Object.values(this.ticks)),
       this.calibrated,
-      h('details', {}, h('summary', {}, 'More'), h('div', { class: 'sy-fields' }, field('Damping', this.damp, 'Share of the Hessian’s mean diagonal that is added to it.'), field('Compute on', this.device), field('Name of the result', this.name, 'A folder in the models folder.'))),
+      h('details', {}, h('summary', {}, 'More'), h('div', { class: 'sy-fields' }, field('Damping', this.damp, 'Share of the Hessian’s mean diagonal that is added to it.'), field('Compute on', this.device), field('Quantiser', this.engine, 'This product’s own, or the auto-gptq package where it is installed.'), field('Name of the result', this.name, 'A folder in the models folder.'))),
       h('div', { class: 'sy-card-actions' }, this.start),
     );
     this.#fillModels();
@@ -114,7 +116,7 @@ class QuantizePage {
     const settings = this.#settings();
     const group = settings.group_size > 0 ? `-${settings.group_size}g` : '';
     const base = this.model.value.split('/').pop();
-    this.name.placeholder = base ? `${base}-${settings.method.toUpperCase()}-${settings.bits}bit${group}${settings.desc_act ? '-actorder' : ''}` : '';
+    this.name.placeholder = base ? `${base}-${settings.engine === 'switchyard' ? settings.method.toUpperCase() : 'AutoGPTQ'}-${settings.bits}bit${group}${settings.desc_act ? '-actorder' : ''}` : '';
   }
 
   #settings() {
@@ -123,7 +125,7 @@ class QuantizePage {
     if (!gptq) Object.assign(ticked, { desc_act: false, static_groups: false, true_sequential: true });
     return {
       method: this.method.value, bits: Number(this.bits.value), group_size: Number(this.group.value), ...ticked,
-      nsamples: Number(this.nsamples.value), seqlen: Number(this.seqlen.value), damp_percent: Number(this.damp.value), calibration: this.calibration.value,
+      nsamples: Number(this.nsamples.value), seqlen: Number(this.seqlen.value), damp_percent: Number(this.damp.value), engine: this.engine.value, calibration: this.calibration.value,
     };
   }
 
