@@ -53,14 +53,14 @@ class Output:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = path.open("a+b")
         except OSError as error:
-            raise _storage(error, path) from error
+            raise storage_error(error, path) from error
         try:
             self._repair()
             self._read()
         except BaseException as error:
             self._file.close()
             if isinstance(error, OSError):
-                raise _storage(error, path) from error
+                raise storage_error(error, path) from error
             raise
 
     def _repair(self) -> None:
@@ -129,7 +129,7 @@ class Output:
             self._sync()
         except OSError as error:
             self._undo(start)
-            raise _storage(error, self.path) from error
+            raise storage_error(error, self.path) from error
         for record in records:
             self._ids[record["line"]] = record["custom_id"]
             self._count(record["line"], record)
@@ -152,7 +152,8 @@ class Output:
         return sum(self.done.values())
 
 
-def _storage(error: OSError, path: Path) -> StorageError:
+def storage_error(error: OSError, path: Path) -> StorageError:
+    """What the disk refused, as the product's error."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return StorageFull(f"The disk is full: {path.name} can't be written.", hint="Free some space, then go on.")
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):

@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from modules.batch.files import read_lines
+from modules.batch.files import read_lines, storage_error
 from modules.batch.runner import BatchRun, Progress
-from modules.errors import AppError, Conflict, InvalidParameter, NoModelLoaded, NotFound, StorageFull
+from modules.errors import AppError, Conflict, InvalidParameter, NoModelLoaded, NotFound, StorageError, StorageFull
+from modules.overlays import write_json
 
 if TYPE_CHECKING:
     from modules.services import Services
@@ -82,6 +83,7 @@ class BatchJobs:
         self._current: tuple[Batch, asyncio.Task[Progress]] | None = None
         self._runner: asyncio.Task[None] | None = None
         self._told: dict[str, float] = {}
+        self._saving = asyncio.Lock()
 
     async def start_up(self) -> None:
         """Read what is kept. A batch that was at work when the server ended is paused."""
@@ -220,7 +222,7 @@ class BatchJobs:
             lambda progress: self._progressed(batch, progress),
         )
         batch.state = "running"
-        await self._save(batch)
+        await self._save_at_work(batch)
         self._publish(batch)
         task = asyncio.get_running_loop().create_task(run.run(), name=batch.id)
         self._current = (batch, task)
@@ -241,7 +243,7 @@ class BatchJobs:
                 log.warning("%s: %s", batch.id, error, exc_info=None if isinstance(error, AppError) else error)
         batch.tokens_per_s = batch.remaining_s = None
         batch.ended_at = time.time()
-        await self._save(batch)
+        await self._save_at_work(batch)
         self._publish(batch)
 
     def _progressed(self, batch: Batch, progress: Progress) -> None:
@@ -262,7 +264,21 @@ class BatchJobs:
         return self._folder / batch_id
 
     async def _save(self, batch: Batch) -> None:
-        await asyncio.to_thread(_write_json, self._home(batch.id) / "state.json", batch.view())
+        """Raises StorageError."""
+        path = self._home(batch.id) / "state.json"
+        async with self._saving:  # a stop and the end it brings about both save
+            try:
+                await asyncio.to_thread(write_json, path, batch.view())
+            except OSError as error:
+                raise storage_error(error, path) from error
+
+    async def _save_at_work(self, batch: Batch) -> None:
+        """Where nobody waits for it: the output file alone says what is done."""
+        try:
+            await self._save(batch)
+        except StorageError as error:
+            batch.problem = batch.problem or str(error)
+            log.warning("%s: %s", batch.id, error)
 
     def _read_all(self) -> list[Batch]:
         found = []
@@ -295,9 +311,3 @@ def _write_at(path: Path, offset: int, data: bytes) -> None:
         file.seek(offset)
         file.write(data)
         file.flush()
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    from modules.overlays import write_json
-
-    write_json(path, value)

@@ -151,6 +151,9 @@ def test_a_chat_goes_on_beside_a_batch_that_is_paused_and_gone_on_with(server: S
     server.until(lambda: view(server, batch)["done"] > 0, "some done")
     paused = server.http.post(f"/ui-api/batches/{batch}/pause").json()
     assert paused["state"] == "paused" and 0 < paused["done"] < 600
+    for _ in range(5):  # each stop and the end it brings about save at once
+        assert server.http.post(f"/ui-api/batches/{batch}/start", json={}).status_code == 200
+        assert server.http.post(f"/ui-api/batches/{batch}/pause").status_code == 200
     server.http.post(f"/ui-api/batches/{batch}/start", json={})
     assert until(server, batch, "done")["done"] == 600
     text = server.http.get(f"/ui-api/batches/{batch}/results").text

@@ -59,7 +59,7 @@ class BatchPage {
     const form = h('section', { class: 'sy-card sy-tool-form', 'aria-label': 'New batch' },
       h('div', { class: 'sy-fields' },
         field('Model', this.model, 'Answers every line, whatever model the line names. Load another on the Models page.'),
-        h('div', { class: 'sy-field' }, h('span', { class: 'sy-label' }, 'File'), h('span', { class: 'sy-file' }, this.choose, input), h('span', { class: 'sy-hint' }, 'One request a line (JSONL). You can also drop it here.'))),
+        h('div', { class: 'sy-field' }, h('span', { class: 'sy-label' }, 'File'), h('span', { class: 'sy-file' }, this.choose, input), h('p', { class: 'sy-field-help' }, 'One request a line (JSONL). You can also drop it here.'))),
       this.uploading,
       h('details', {}, h('summary', {}, 'The format'),
         h('p', { class: 'sy-hint' }, 'OpenAI’s batch files: custom_id of your choice, url /v1/chat/completions, /v1/completions or /v1/embeddings, and the request as body. Each result is one line with the same custom_id.'),
