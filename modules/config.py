@@ -320,7 +320,7 @@ def _unknown_flag(flag: str, parser: argparse.ArgumentParser) -> str:
 
 
 def _list_commands(parser: argparse.ArgumentParser) -> None:
-    lines = "\n".join(f"  {command.name:<10}{command.help}" for command in COMMANDS.values())
+    lines = "\n".join(f"  {command.name:<13}{command.help}" for command in COMMANDS.values())
     parser.formatter_class = Formatter
     parser.description = f"{parser.description}\n\nsubcommands (server.py NAME --help shows each one's own flags):\n{lines}"
 
