@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from loaders._hf_generate import PrefixCache
 from loaders._hf_modes import PromptLookup
 
 
@@ -73,6 +74,10 @@ def test_no_draft_beyond_the_room() -> None:
     assert len(runner.prefix.ids) <= len(prompt) + 3
 
 
-def test_without_a_cache_nothing_is_drafted() -> None:
-    runner = SimpleNamespace(prefix=SimpleNamespace(cache=None))
-    assert not PromptLookup.can(runner)  # type: ignore[arg-type]
+def test_a_cache_that_can_not_be_cut_takes_no_draft() -> None:
+    prefix = PrefixCache(model=None)
+    assert not prefix.can_cut()
+    prefix.cache = SimpleNamespace(croppable=False)
+    assert not prefix.can_cut()
+    prefix.cache.croppable = True
+    assert prefix.can_cut()
