@@ -98,7 +98,8 @@ def test_a_running_server_takes_changes(launch: Callable[..., Server], tmp_path:
     server = launch(data=data).wait_ready()
     get = server.http.get
     assert get("/v1/models").status_code == 200  # no key yet, so none is needed
-    user, admin = KeyStore(data).create("user"), KeyStore(data).create("boss", "admin")
+    names = (("user", "user"), ("boss", "admin"), ("other", "user"))
+    user, admin, other = (KeyStore(data).create(name, scope) for name, scope in names)
     server.until(lambda: get("/v1/models").status_code == 401, "locked")
     assert get("/v1/models", headers={"x-api-key": user}).status_code == 200
     answers = {
@@ -109,7 +110,7 @@ def test_a_running_server_takes_changes(launch: Callable[..., Server], tmp_path:
     assert {pair for pair, status in answers.items() if status != 200} == {("user", "/v1/internal/model/list")}
     _each_protocol(server, user)
     _login_ends_with_its_key(server, data, user)
-    _a_stream_ends_with_its_key(server, data, admin)
+    _a_stream_ends_with_its_key(server, data, admin, other)
 
 
 def _each_protocol(server: Server, key: str) -> None:
@@ -138,7 +139,7 @@ def _login_ends_with_its_key(server: Server, data: Path, key: str) -> None:
         server.until(lambda: browser.get("/v1/models").status_code == 401, "logged out")
 
 
-def _a_stream_ends_with_its_key(server: Server, data: Path, key: str) -> None:
+def _a_stream_ends_with_its_key(server: Server, data: Path, key: str, other: str) -> None:
     ended = threading.Event()
 
     def follow() -> None:
@@ -149,7 +150,6 @@ def _a_stream_ends_with_its_key(server: Server, data: Path, key: str) -> None:
 
     thread = threading.Thread(target=follow)
     thread.start()
-    other = KeyStore(data).create("other")
     headers = {"x-api-key": other}
     server.until(lambda: bool(server.http.get("/v1/internal/queue", headers=headers).json().get("running")), "running")
     KeyStore(data).revoke("boss")
