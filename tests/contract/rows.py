@@ -33,6 +33,7 @@ class Row:
     needs: str = ""
     module: str | None = None
     byte_exact: bool = False
+    variant: bool = False  # another row of this loader already tries what takes a process of its own
     lacks: frozenset[str] = frozenset()  # features that this build of the loader's backend does without
 
     def skip_reason(self, overlays: Overlays) -> str | None:
@@ -139,6 +140,7 @@ ROWS = (
         _gptq("wren-6m", bits=4, group_size=64, desc_act=True),
         {"kernel": "int4", "threads": 1},
         _WREN,
+        variant=True,
     ),
     Row(
         "gptq-wren-3bit",
@@ -146,6 +148,7 @@ ROWS = (
         _gptq("wren-6m", bits=3, group_size=64, sym=False),
         {"kernel": "int8", "threads": 1},
         _WREN,
+        variant=True,
     ),
     Row("autogptq-wren", "autogptq", _bundled("wren-6m-gptq-4bit-128g"), {"threads": 1}, _WREN_GPTQ),
     Row("exllama-wren", "exllama", _bundled("wren-6m-gptq-4bit-128g"), {}, _WREN_GPTQ),
@@ -166,5 +169,5 @@ ROWS = (
         lacks=frozenset({"score", "echo", "min_tokens", "all_samplers", "regex"}),
     ),
     Row("rwkv-wren", "rwkv", _bundled("wren-rwkv-7m"), {"threads": 1}, "the bundled RWKV"),
-    Row("rwkv-tiny", "rwkv", _tiny_rwkv, {"threads": 1, "ctx_size": 512}, "the data folder ../shared (tiny-rwkv)"),
+    Row("rwkv-tiny", "rwkv", _tiny_rwkv, {"threads": 1, "ctx_size": 512}, "the data folder ../shared (tiny-rwkv)", variant=True),
 )
