@@ -20,11 +20,13 @@ def shared_data() -> Path | None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under pytest-xdist: what shares a worker process or a server stays together, one group for each of them."""
+    """Under pytest-xdist: what shares a worker process or a server stays together, and there is one browser at a time."""
     for item in items:
         callspec = getattr(item, "callspec", None)
         row = callspec.params.get("row") if callspec else None
-        item.add_marker(pytest.mark.xdist_group(row.id if hasattr(row, "id") else str(item.path.relative_to(ROOT))))
+        file = item.path.relative_to(ROOT)
+        group = row.id if hasattr(row, "id") else "ui" if "ui" in file.parts else str(file)
+        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
