@@ -18,7 +18,7 @@ def shared_data() -> Path | None:
     return folder if folder.is_dir() else None
 
 
-@pytest.hookimpl(trylast=True)
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Under pytest-xdist: what shares a worker process or a server stays together, and there is one browser at a time."""
     for item in items:
