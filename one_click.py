@@ -245,7 +245,7 @@ def pytest_flags(arguments: list[str]) -> list[str]:
     if any(Path(ROOT, word.partition("::")[0]).exists() for word in arguments):
         return arguments
     processes = min(4, (os.cpu_count() or 1) + 1)
-    return ["tests", "-n", str(processes), "--dist", "loadgroup", *arguments]
+    return ["tests", "-n", str(processes), "--dist", "loadscope", *arguments]
 
 
 def has_display() -> bool:

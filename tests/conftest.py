@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,15 +19,23 @@ def shared_data() -> Path | None:
     return folder if folder.is_dir() else None
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Under pytest-xdist: what shares a worker process or a server stays together, and there is one browser at a time."""
-    for item in items:
-        callspec = getattr(item, "callspec", None)
-        row = callspec.params.get("row") if callspec else None
-        file = item.path.relative_to(ROOT)
-        group = row.id if hasattr(row, "id") else "ui" if "ui" in file.parts else str(file)
-        item.add_marker(pytest.mark.xdist_group(group))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: Any, log: Any) -> Any:
+    """Under pytest-xdist, what shares a worker process or a server stays together, and there is one browser at a time."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    from tests.contract.rows import ROWS
+
+    rows = sorted((row.id for row in ROWS), key=len, reverse=True)
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, test = nodeid.partition("::")
+            if file.startswith("tests/ui/"):
+                return "ui"
+            return next((row for row in rows if f"[{row}]" in test or f"[{row}-" in test or f"-{row}]" in test), file)
+
+    return Groups(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -57,6 +57,7 @@ def test_same_seed_same_text(bench: Bench) -> None:
         prompt = "[[echo random=1 tokens=40]] words" if bench.row.loader == "echo" else STORY
         return bench.generate(prompt, sampling={"temperature": 1.0, "seed": seed}, stop=LONG).text
 
+    sample(1)  # the prompt is cached from here on: llama.cpp's batches of different widths differ in the last bits
     assert sample(1234) == sample(1234)
     assert len({sample(seed) for seed in range(5)}) > 1, "the seed has no effect"
 

@@ -332,5 +332,5 @@ def test_the_overlays_of_a_new_project_are_empty(tmp_path: Path) -> None:
 
 def test_the_whole_suite_runs_in_parallel_and_a_named_file_alone() -> None:
     whole = one_click.pytest_flags(["-x"])
-    assert whole[0] == "tests" and whole[-1] == "-x" and whole[whole.index("--dist") + 1] == "loadgroup"
+    assert whole[0] == "tests" and whole[-1] == "-x" and whole[whole.index("--dist") + 1] == "loadscope"
     assert one_click.pytest_flags(["tests/unit/test_paths.py::test_x", "-q"]) == ["tests/unit/test_paths.py::test_x", "-q"]
