@@ -7,11 +7,19 @@ Nothing here may slow the publisher down: `publish` never waits, a subscriber th
 from __future__ import annotations
 
 import asyncio
+import itertools
+import time
 from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
 MAX_PENDING = 256
+_revisions = itertools.count(time.time_ns() // 1000)  # microseconds: it grows over a restart too, and JavaScript holds it exactly
+
+
+def revision() -> int:
+    """A number for each picture of something, which grows: replies and events overtake each other on their way to a page."""
+    return next(_revisions)
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ from modules.errors import (
     NoModelLoaded,
     error_from_wire,
 )
+from modules.events import EventBus, revision
 from modules.load_options import complete_options
 from modules.memory import available_bytes, process_bytes, total_bytes
 from modules.registry import select
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 
     from modules.engine_client import EngineClient
-    from modules.events import EventBus
     from modules.library import Library
     from modules.registry import Environment
     from modules.schema import LoaderSpec, LoadProgress, ModelFiles
@@ -147,6 +147,7 @@ class ModelManager:
             "asked": self.approvals.pending(),
             "memory": {"total": total_bytes(), "available": self._available(), "process": self._used(max_age_s=2.0)},
             "state": self.state(),
+            "revision": revision(),
         }
 
     def expect_first(self) -> Callable[[], None]:

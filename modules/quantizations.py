@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from modules.errors import AppError, Conflict, IncompatibleModel, InvalidParameter, NotFound
+from modules.events import EventBus, revision
 from modules.overlays import read_json, write_json
 from modules.paths import confine
 from modules.quantize.process import QuantizeJob, default_out, quantize
@@ -25,7 +26,6 @@ from modules.quantize.settings import QuantizeSettings, check_settings
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
 
-    from modules.events import EventBus
     from modules.library import Library
     from modules.overlays import Overlays
     from modules.schema import ModelFiles
@@ -65,7 +65,7 @@ class Job:
         return self.state not in ("queued", "running")
 
     def shown(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"revision": revision()}
 
 
 class Quantizations:
@@ -222,7 +222,7 @@ class Quantizations:
         kept = sorted(self._jobs.values(), key=lambda job: -job.created)[:50]
         try:
             self._record.parent.mkdir(parents=True, exist_ok=True)
-            write_json(self._record, {"jobs": [job.shown() for job in kept]})
+            write_json(self._record, {"jobs": [dataclasses.asdict(job) for job in kept]})
         except OSError as error:
             log.warning("the list of quantisations was not kept: %s", error)
 

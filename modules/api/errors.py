@@ -35,14 +35,11 @@ async def _app_error(request: Request, error: AppError) -> JSONResponse:
     return response_of(error, path_of(request))
 
 
-class _HttpFailure(RequestError):
-    """A status that the framework chose."""
-
-    code = "http_error"
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.http_status = status  # type: ignore[misc]  # a status of this one error
+def _framework_failure(status: int, message: str) -> RequestError:
+    """A failure whose status the framework chose."""
+    failure = RequestError(message)
+    failure.http_status = status  # type: ignore[misc]  # the class keeps its own
+    return failure
 
 
 async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
@@ -50,7 +47,7 @@ async def _http_error(request: Request, error: HTTPException) -> JSONResponse:
         404: NotFound("There is nothing at this address.", hint="/docs lists the API."),
         405: MethodNotAllowed(f"This address does not take {request.method}."),
     }
-    failure = known.get(error.status_code) or _HttpFailure(error.status_code, str(error.detail))
+    failure = known.get(error.status_code) or _framework_failure(error.status_code, str(error.detail))
     headers = {k: v for k, v in (error.headers or {}).items() if error.status_code not in known or k.lower() == "allow"}
     return response_of(failure, path_of(request), headers)
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from modules.batch.files import read_lines, storage_error
 from modules.batch.runner import BatchRun, Progress
 from modules.errors import AppError, Conflict, InvalidParameter, NoModelLoaded, NotFound, StorageError, StorageFull
+from modules.events import revision
 from modules.overlays import write_json
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Batch:
     bytes: int = 0
 
     def view(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return dataclasses.asdict(self) | {"revision": revision()}
 
 
 def slots_of(services: Services, model: str) -> int:
@@ -268,7 +269,7 @@ class BatchJobs:
         path = self._home(batch.id) / "state.json"
         async with self._saving:  # a stop and the end it brings about both save
             try:
-                await asyncio.to_thread(write_json, path, batch.view())
+                await asyncio.to_thread(write_json, path, dataclasses.asdict(batch))
             except OSError as error:
                 raise storage_error(error, path) from error
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from tests.ui.test_layout import PHONE, no_sideways_scroll
 
@@ -59,6 +59,27 @@ def test_upload_and_results(visit: Visit, server: Server, tmp_path: Path) -> Non
     card.get_by_test_id("batch-delete").click()
     page.get_by_role("button", name="Delete", exact=True).last.click()
     expect(card).to_have_count(0)
+
+
+def test_a_reply_that_comes_after_its_events_changes_nothing(visit: Visit, server: Server, tmp_path: Path) -> None:
+    server.load_echo()
+    forget_all(server)
+    page = open_page(visit)
+    card = page.get_by_test_id("batch-job")
+
+    def held(route: Route) -> None:
+        reply = route.fetch()
+        assert reply.json()["state"] == "waiting"
+        expect(card).to_have_attribute("data-state", "done", timeout=30_000)
+        route.fulfill(response=reply)
+
+    page.route("**/batches/*/start", held)
+    with page.expect_response("**/batches/*/start") as started:
+        page.get_by_test_id("batch-file").set_input_files(batch_file(tmp_path, 3))
+    started.value.finished()
+    expect(page.get_by_test_id("batch-choose")).to_be_enabled()
+    expect(card).to_have_attribute("data-state", "done")
+    forget_all(server)
 
 
 def test_pause_reload_and_go_on(visit: Visit, server: Server, tmp_path: Path) -> None:

@@ -204,16 +204,29 @@ async def test_the_chats_model_comes_back_after_it_made_room() -> None:
         await rig.manager.close()
 
 
-async def test_policy_off_and_ask_load_nothing(rig: Rig) -> None:
+async def test_policy_off_loads_nothing(rig: Rig) -> None:
     rig.manager.switch_policy = "off"
     with pytest.raises(ModelNotFound, match="not loaded"):
         await rig.ask("a")
+    assert rig.host.loads == []
+
+
+async def test_policy_ask_waits_for_the_operator(rig: Rig) -> None:
     rig.manager.switch_policy = "ask"
     with rig.events.subscribe() as events:
-        with pytest.raises(Conflict):
-            await rig.ask("a")
-        assert (await anext(events)).kind == "notice"
+        refused = asyncio.create_task(rig.ask("a"))
+        event = await anext(events)
+        assert (event.kind, event.data["asked"]) == ("models", [{"model": "a", "waiting": 1}])
+        rig.manager.approvals.answer("a", False)
+        with pytest.raises(Conflict, match="refused"):
+            await refused
+        assert rig.host.loads == []
+    allowed = [asyncio.create_task(rig.ask("a", f"q{number}")) for number in range(2)]
+    await settle()
     assert rig.host.loads == []
+    rig.manager.approvals.answer("a", True)
+    assert await asyncio.gather(*allowed) == ["a0 a1 a2 "] * 2
+    assert rig.host.loads == ["/models/a"]
 
 
 async def test_no_model(rig: Rig) -> None:

@@ -43,6 +43,7 @@ def _convert(report: Report, converter: Path, model: Path, out: Path, kind: str,
 
     import convert_hf_to_gguf  # type: ignore[import-not-found]
 
+    _name_rotary_share()
     tokenizer = _read_tokenizer(model)
     _recognise_plain_byte_level(report, tokenizer)
     _score_by_merge_order(tokenizer)
@@ -140,6 +141,22 @@ def _read_tokenizer(model: Path) -> dict[str, Any]:
     except ValueError as error:
         raise CorruptModel("tokenizer.json is no valid JSON.", hint="Fetch the tokenizer again.") from error
     return value if isinstance(value, dict) else {}
+
+
+def _name_rotary_share() -> None:
+    """Transformers 5 moves GPT-NeoX's `rotary_pct` into `rope_parameters`, where the converter does not look for it."""
+    from conversion import ModelBase  # type: ignore[import-not-found]
+
+    original = ModelBase.load_hparams
+
+    def load_hparams(*args: Any, **kwargs: Any) -> dict[str, Any]:
+        values: dict[str, Any] = original(*args, **kwargs)
+        rope = values.get("rope_parameters") or {}
+        if "partial_rotary_factor" in rope:
+            values.setdefault("rotary_pct", rope["partial_rotary_factor"])
+        return values
+
+    ModelBase.load_hparams = staticmethod(load_hparams)
 
 
 def _recognise_plain_byte_level(report: Report, tokenizer: dict[str, Any]) -> None:

@@ -40,6 +40,9 @@ export const patch = (path, body) => api('PATCH', path, body);
 export const put = (path, body) => api('PUT', path, body);
 export const del = (path) => api('DELETE', path);
 
+/** Whether `view` is older than what is `known`: a reply can come after the events that followed it. */
+export const overtaken = (view, known) => Boolean(known && view.revision < known.revision);
+
 // --- page-wide events ---------------------------------------------------------------------------------------------
 
 const listeners = new Map();

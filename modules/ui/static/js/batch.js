@@ -1,6 +1,6 @@
 // The Batch page: files of requests in OpenAI's batch format, answered in the background by the loaded model.
 
-import { del, get, on, post, url } from './api.js';
+import { del, get, on, overtaken, post, url } from './api.js';
 import { confirmDialog } from './dialog.js';
 import { ago, bytes, h, plural } from './dom.js';
 import { duration, field, progressBar, select } from './form.js';
@@ -40,7 +40,8 @@ class BatchPage {
   async refresh() {
     try {
       const data = await get('batches');
-      this.batches = new Map(data.batches.map((batch) => [batch.id, batch]));
+      const known = this.batches;
+      this.batches = new Map(data.batches.map((batch) => [batch.id, overtaken(batch, known.get(batch.id)) ? known.get(batch.id) : batch]));
       this.#drawAll();
     } catch (error) {
       if (error.code !== 'offline') fail(error);
@@ -134,6 +135,7 @@ class BatchPage {
       return;
     }
     const known = this.batches.get(batch.id);
+    if (overtaken(batch, known)) return;
     this.batches.set(batch.id, batch);
     const card = this.list.querySelector(`[data-batch="${batch.id}"]`);
     if (card && known && known.state === batch.state && known.problem === batch.problem) card.querySelector('.sy-job-live').replaceWith(this.#live(batch));

@@ -1,6 +1,6 @@
 // What is loaded, for every part of the page that shows it. Fed by /ui-api/models and the `models` event.
 
-import { get, on, post } from './api.js';
+import { get, on, overtaken, post } from './api.js';
 import { bytes } from './dom.js';
 import { fail, toast } from './toast.js';
 
@@ -15,7 +15,7 @@ export function watchModels(fn) {
 
 function take(data) {
   const { models: list, ...rest } = data;
-  Object.assign(models, rest);
+  if (!overtaken(rest, models)) Object.assign(models, rest);
   if (list) models.list = list;
   for (const fn of watchers) fn(models);
 }

@@ -1,6 +1,6 @@
 // The Quantise page: settings with help, jobs in the background with progress per layer, and what to do with the result.
 
-import { del, get, on, post, put } from './api.js';
+import { del, get, on, overtaken, post, put } from './api.js';
 import { confirmDialog } from './dialog.js';
 import { ago, bytes, h, plural } from './dom.js';
 import { bar, duration, field, fileButton, numberInput, progressBar, select, textInput, tick } from './form.js';
@@ -42,7 +42,8 @@ class QuantizePage {
     try {
       const data = await get('quantizations');
       this.data = data;
-      this.jobs = new Map(data.jobs.map((job) => [job.id, job]));
+      const known = this.jobs;
+      this.jobs = new Map(data.jobs.map((job) => [job.id, overtaken(job, known.get(job.id)) ? known.get(job.id) : job]));
       if (!this.drawn) this.#drawForm();
       else this.#fillModels();
       this.#drawJobs();
@@ -168,6 +169,7 @@ class QuantizePage {
       return;
     }
     const known = this.jobs.get(event.id);
+    if (overtaken(event, known)) return;
     const losses = known && event.count !== undefined ? known.losses : event.losses || [];
     const { count, ...job } = event;
     // The event brings the newest loss; where one was missed, the whole list is read again.
@@ -183,6 +185,7 @@ class QuantizePage {
     this.rereading = setTimeout(async () => {
       try {
         const { job } = await get(`quantizations/${id}`);
+        if (overtaken(job, this.jobs.get(id))) return;
         this.jobs.set(id, job);
         this.#draw(id, true);
       } catch (error) {
