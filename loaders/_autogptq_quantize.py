@@ -29,9 +29,7 @@ if TYPE_CHECKING:
 OnEvent = Callable[[dict[str, Any]], None]
 
 
-def run(
-    base: Path, out: Path, settings: QuantizeSettings, device: str, overwrite: bool, on_event: OnEvent
-) -> dict[str, Any]:
+def run(base: Path, out: Path, settings: QuantizeSettings, device: str, overwrite: bool, on_event: OnEvent) -> dict[str, Any]:
     """Make the checkpoint; returns what `modules.quantize._job.run` does, with the same events. Raises AppError's subclasses."""
     started = time.monotonic()
     check_settings(settings)

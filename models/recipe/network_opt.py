@@ -125,7 +125,10 @@ class OPT(Network):
             layer.final_layer_norm.weight.copy_(source.post_attention_layernorm.weight)
             layer.self_attn.q_proj.weight.copy_(source.self_attn.q_proj.weight)
             layer.self_attn.out_proj.weight.copy_(source.self_attn.o_proj.weight)
-            for mine, theirs in ((layer.self_attn.k_proj, source.self_attn.k_proj), (layer.self_attn.v_proj, source.self_attn.v_proj)):
+            for mine, theirs in (
+                (layer.self_attn.k_proj, source.self_attn.k_proj),
+                (layer.self_attn.v_proj, source.self_attn.v_proj),
+            ):
                 heads = theirs.weight.view(teacher.shape.kv_heads, -1, self.shape.hidden).repeat_interleave(groups, dim=0)
                 mine.weight.copy_(heads.reshape_as(mine.weight))
             rows = source.mlp.gate_proj.weight[: self.shape.ffn]

@@ -47,7 +47,17 @@ def kernel() -> ctypes.CDLL:
     """The compiled ``wkv7.c``; calls release the interpreter lock."""
     source = Path(__file__).with_name("wkv7.c")
     library = Path(tempfile.mkdtemp(prefix="wkv7-")) / "wkv7.so"
-    command = [os.environ.get("CC", "cc"), "-O3", "-march=native", "-ffast-math", "-shared", "-fPIC", str(source), "-o", str(library)]
+    command = [
+        os.environ.get("CC", "cc"),
+        "-O3",
+        "-march=native",
+        "-ffast-math",
+        "-shared",
+        "-fPIC",
+        str(source),
+        "-o",
+        str(library),
+    ]
     subprocess.run(command, check=True)
     return ctypes.CDLL(str(library))
 
