@@ -8,45 +8,20 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, Overlays, Server, report
+from common import Loop, Server, report
 
 PROMPT = "Tell me a long story about a river, a stone and a small brown dog. " * 6
 
 
-class RawLoop:
+class RawLoop(Loop):
     """benchmarks/raw_loop.py in the backend's environment."""
 
     def __init__(self, engine: str, overlay: str, model: str, threads: int, dtype: str) -> None:
-        overlays = Overlays.find(ROOT)
-        command = [str(overlays.python(overlay)), "benchmarks/raw_loop.py", engine, model]
-        command += ["--threads", str(threads), "--dtype", dtype]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=overlays.worker_env(overlay)
-        )
-        self._answer()
-
-    def _answer(self) -> dict[str, float]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit("The raw loop ended.")
-        return dict(json.loads(line))
-
-    def run(self, prompt: str, tokens: int) -> dict[str, float]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"prompt": prompt, "tokens": tokens}) + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
+        super().__init__(overlay, "raw_loop.py", engine, model, "--threads", threads, "--dtype", dtype)
 
 
 def through_api(server: Server, model: str, tokens: int) -> dict[str, float]:

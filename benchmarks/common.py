@@ -119,6 +119,41 @@ class Server:
         self.close()
 
 
+class Loop:
+    """A script of ours in a backend's environment that holds a model: a JSON line asks, a JSON line answers."""
+
+    def __init__(self, overlay: str, script: str, *arguments: object) -> None:
+        overlays = Overlays.find(ROOT)
+        command = [overlays.python(overlay), ROOT / "benchmarks" / script, *arguments]
+        self.process = subprocess.Popen(
+            [*map(str, command)],
+            cwd=ROOT,
+            env=overlays.worker_env(overlay),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.about = self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"The engine ended with {self.process.wait()}: {self.process.args}")
+        return dict(json.loads(line))
+
+    def run(self, prompt: str, tokens: int) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps({"prompt": prompt, "tokens": tokens}) + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
 def rss_anon(pid: int) -> int:
     """RssAnon + VmSwap of a process in bytes: its own memory, without what the page cache lends it (Linux)."""
     wanted = {"RssAnon:", "VmSwap:"}

@@ -10,13 +10,12 @@ the machine does falls on all of them.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import subprocess
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, report
+from common import ROOT, Loop, report
 
 from modules.overlays import Overlays
 
@@ -30,36 +29,12 @@ CHECKPOINTS = {
 LLAMA, BF16, EXACT = "llama.cpp Q4_0", "transformers bf16", "4-bit exact"
 
 
-class Loop:
-    """benchmarks/gptq_loop.py in a backend's environment."""
+class Engine(Loop):
+    """benchmarks/gptq_loop.py in a backend's environment; `weights` in bytes."""
 
     def __init__(self, overlay: str, engine: str, model: Path, threads: int, how: str) -> None:
-        overlays = Overlays.find(ROOT)
-        command = [overlays.python(overlay), ROOT / "benchmarks" / "gptq_loop.py", engine, model]
-        self.process = subprocess.Popen(
-            [*map(str, command), "--threads", str(threads), "--how", how],
-            env=overlays.worker_env(overlay), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        )  # fmt: skip
-        self.about = self._answer()
+        super().__init__(overlay, "gptq_loop.py", engine, model, "--threads", threads, "--how", how)
         self.weights = sum(f.stat().st_size for f in ([model] if model.is_file() else model.glob("*.safetensors")))
-
-    def _answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise SystemExit(f"The engine ended with {self.process.wait()}: {self.process.args}")
-        return dict(json.loads(line))
-
-    def run(self, prompt: str, tokens: int) -> dict[str, Any]:
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({"prompt": prompt, "tokens": tokens}) + "\n")
-        self.process.stdin.flush()
-        return self._answer()
-
-    def close(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.close()
-        self.process.wait()
 
 
 def checkpoint(base: Path, folder: Path, name: str) -> Path:
@@ -90,14 +65,14 @@ def main() -> None:
     arguments = parser.parse_args()
 
     names = [name.strip() for name in arguments.only.split(",") if name.strip()]
-    loops = {LLAMA: Loop("llamacpp", "llama_cpp", arguments.gguf, arguments.threads, "")}
+    loops = {LLAMA: Engine("llamacpp", "llama_cpp", arguments.gguf, arguments.threads, "")}
     for name in names:
         if name == BF16:
-            loops[name] = Loop("transformers", "transformers", arguments.base, arguments.threads, "bfloat16")
+            loops[name] = Engine("transformers", "transformers", arguments.base, arguments.threads, "bfloat16")
         else:
             path = checkpoint(arguments.base, arguments.checkpoints, "4-bit" if name == EXACT else name)
             kernel = "exact" if name == EXACT else "int8"
-            loops[name] = Loop("transformers", "gptq", path, arguments.threads, kernel)
+            loops[name] = Engine("transformers", "gptq", path, arguments.threads, kernel)
     rounds: list[dict[str, dict[str, Any]]] = []
     prompt = "Once upon a time there was a small bird who wanted to see the sea. " * (arguments.prompt_tokens // 16)
     own = next(loop for name, loop in loops.items() if name not in (LLAMA, BF16))
@@ -115,7 +90,7 @@ def main() -> None:
         loop.close()
 
 
-def summary(name: str, loop: Loop, rounds: list[dict[str, dict[str, Any]]], length: int) -> dict[str, Any]:
+def summary(name: str, loop: Engine, rounds: list[dict[str, dict[str, Any]]], length: int) -> dict[str, Any]:
     """Medians of one engine, and of its ratios to the others within each round."""
 
     def prefill(run: dict[str, Any]) -> float:

@@ -250,33 +250,25 @@ def _describe(
     used: Counter[str],
     device: torch.device,
 ) -> ModelInfo:
-    text_config = config.get_text_config(decoder=True)
-    trained = int(getattr(text_config, "max_position_embeddings", 0) or 2048)
-    context = options["ctx_size"] or trained
     notes = []
     if package == "gptqmodel":
         notes.append("Read by GPTQModel, auto-gptq's successor: auto-gptq has no wheel for this Python or machine.")
-    if context > trained:
-        notes.append(f"The context of {context} is beyond the {trained} tokens the model was trained on.")
     if used[PACKAGE_KERNEL] and device.type == "cpu":
         notes.append("The package's own kernel dequantises every layer for every token: very slow on a CPU.")
     kernels = ", ".join(f"{count} layers by {name}" for name, count in used.most_common())
-    return ModelInfo(
-        name=Path(path).name,
-        path=path,
+    return _hf_load.model_info(
+        path,
+        options,
+        model,
+        tokenizer,
+        config,
+        eos_ids,
         loader="autogptq",
         format="gptq",
-        architecture=(config.architectures or [type(model).__name__])[0],
         quantization=Quantization("gptq", packed.bits, packed.group_size, packed.desc_act, packed.sym),
         dtype="float32" if device.type == "cpu" else "float16",
-        context_length=context,
-        vocab_size=int(text_config.vocab_size),
-        chat_template=_hf_load.chat_template(tokenizer),
-        bos_token=tokenizer.bos_token,
-        eos_token=tokenizer.eos_token,
-        eos_token_ids=tuple(sorted(eos_ids)),
         device_map={str(device): 1.0},
         memory_bytes=sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]),
         engine=f"{runs_through(package)}, torch {torch.__version__}: {kernels}",
-        notes=tuple(notes),
+        notes=notes,
     )

@@ -268,30 +268,26 @@ def _describe(
     used: Counter[str],
     choose: Chooser,
 ) -> ModelInfo:
-    text_config = config.get_text_config(decoder=True)
-    trained = int(getattr(text_config, "max_position_embeddings", 0) or 2048)
-    context = options["ctx_size"] or trained
-    notes = []
-    if context > trained:
-        notes.append(f"The context of {context} is beyond the {trained} tokens the model was trained on.")
     packed = [module for module in model.modules() if isinstance(module, GptqLinear)]
     kernels = ", ".join(f"{count} layer{'s' * (count > 1)} {_SAYS[name]}" for name, count in used.most_common())
     device = choose.device
     capability = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else torch.cuda.get_device_name(device)
-    notes.extend(f"{reason[0].upper()}{reason[1:]}." for reason in choose.reasons)
+    notes = [f"{reason[0].upper()}{reason[1:]}." for reason in choose.reasons]
     if used["int8"] or used["exact"]:
         capability = compiled_kernel().instructions
     if used["int4"]:
         notes.append(f"Long prompts are multiplied in {str(product_dtype()).removeprefix('torch.')}.")
     elif used["unpack"] and device.type == "cpu" and not int4_works():
         notes.append("Packed layers are dequantised at each call, which is slow.")
-    memory = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
-    return ModelInfo(
-        name=Path(path).name,
-        path=path,
+    return _hf_load.model_info(
+        path,
+        options,
+        model,
+        tokenizer,
+        config,
+        eos_ids,
         loader="gptq_for_llama",
         format="gptq",
-        architecture=(config.architectures or [type(model).__name__])[0],
         quantization=Quantization(
             "gptq",
             bits=max(layout.bits for layout in layouts),
@@ -300,16 +296,10 @@ def _describe(
             sym=settings.get("sym"),
         ),
         dtype="float32" if device.type == "cpu" else "float16",
-        context_length=context,
-        vocab_size=int(text_config.vocab_size),
-        chat_template=_hf_load.chat_template(tokenizer),
-        bos_token=tokenizer.bos_token,
-        eos_token=tokenizer.eos_token,
-        eos_token_ids=tuple(sorted(eos_ids)),
         device_map={str(device): 1.0},
-        memory_bytes=memory,
+        memory_bytes=sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]),
         engine=f"GPTQ runtime, torch {torch.__version__}, {capability}: {kernels}",
-        notes=tuple(notes),
+        notes=notes,
     )
 
 

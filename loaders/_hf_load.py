@@ -365,32 +365,56 @@ def _describe(
     notes: tuple[str, ...],
     torch: Any,
 ) -> ModelInfo:
+    quantization = None
+    if options["load_in_8bit"] or options["load_in_4bit"]:
+        quantization = Quantization("bnb", 8 if options["load_in_8bit"] else 4)
+    return model_info(
+        path,
+        options,
+        model,
+        tokenizer,
+        config,
+        eos_ids,
+        loader="transformers",
+        format="hf",
+        quantization=quantization,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device_map=_device_shares(model),
+        memory_bytes=int(model.get_memory_footprint()),
+        engine=f"transformers, torch {torch.__version__}, {type(model).__name__}",
+        notes=notes,
+    )
+
+
+def model_info(
+    path: str,
+    options: dict[str, Any],
+    model: Any,
+    tokenizer: Any,
+    config: Any,
+    eos_ids: frozenset[int],
+    *,
+    notes: Iterable[str] = (),
+    **known: Any,
+) -> ModelInfo:
+    """What any model of transformers' classes says about itself, beside what its loader has `known`."""
     text_config = config.get_text_config(decoder=True)
     trained = int(getattr(text_config, "max_position_embeddings", 0) or _DEFAULT_CONTEXT)
     context = options["ctx_size"] or trained
     if context > trained:
-        notes += (f"The context of {context} is beyond the {trained} tokens the model was trained on.",)
-    quantization = None
-    if options["load_in_8bit"] or options["load_in_4bit"]:
-        quantization = Quantization("bnb", 8 if options["load_in_8bit"] else 4)
+        notes = (*notes, f"The context of {context} is beyond the {trained} tokens the model was trained on.")
     return ModelInfo(
         name=Path(path).name,
         path=path,
-        loader="transformers",
-        format="hf",
         architecture=(config.architectures or [type(model).__name__])[0],
-        quantization=quantization,
-        dtype=str(model.dtype).removeprefix("torch."),
         context_length=context,
         vocab_size=int(text_config.vocab_size),
         chat_template=chat_template(tokenizer),
         bos_token=tokenizer.bos_token,
         eos_token=tokenizer.eos_token,
         eos_token_ids=tuple(sorted(eos_ids)),
-        device_map=_device_shares(model),
-        memory_bytes=int(model.get_memory_footprint()),
-        engine=f"transformers, torch {torch.__version__}, {type(model).__name__}",
-        notes=notes,
+        notes=tuple(notes),
+        **known,
     )
 
 

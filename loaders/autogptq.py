@@ -9,8 +9,7 @@ auto-gptq, `_autogptq_successor` to GPTQModel. `_gptq_decoder` and `_hf_generate
 
 from __future__ import annotations
 
-from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from loaders import gptq_for_llama
 from loaders import transformers as hf
@@ -57,16 +56,7 @@ SPEC = LoaderSpec(
 
 class AutoGptqEngine(hf.TransformersEngine):
     spec = SPEC
-
-    @classmethod
-    def versions(cls) -> dict[str, str]:
-        found = {}
-        for package in (*PACKAGES, "transformers", "torch"):
-            try:
-                found[package] = metadata.version(package)
-            except metadata.PackageNotFoundError:
-                continue
-        return found
+    packages: ClassVar[tuple[str, ...]] = (*PACKAGES, "transformers", "torch")
 
     def load(self, path: str, options: dict[str, Any], progress: Progress) -> ModelInfo:
         from loaders._autogptq_load import load

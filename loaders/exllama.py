@@ -7,20 +7,16 @@ cache and scores are the same as everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from loaders import transformers as hf
-from modules import sampling as table
-from modules.engine import CancelToken, Engine, Progress
-from modules.schema import Event, GenerationRequest, LoaderSpec, ModelFiles, ModelInfo, OptionSpec
+from loaders._logits import BEAMS, LogitsEngine, ctx_size, prefill_chunk
+from modules.schema import LoaderSpec, ModelFiles, ModelInfo, OptionSpec
 
 if TYPE_CHECKING:
-    from loaders._hf_generate import HfRunner
+    from modules.engine import Progress
 
 CACHE_TYPES = ("fp16", "q8", "q6", "q4")
-_BEAMS = frozenset({"num_beams", "length_penalty", "early_stopping"})
 
 SPEC = LoaderSpec(
     name="exllama",
@@ -28,17 +24,9 @@ SPEC = LoaderSpec(
     engine="loaders.exllama:ExllamaEngine",
     summary="4-bit GPTQ and EXL2 checkpoints through exllamav2, EXL3 through exllamav3, on NVIDIA GPUs.",
     formats={"exl3": 100, "exl2": 100, "gptq": 80},
-    samplers=hf.SPEC.samplers - _BEAMS,
+    samplers=hf.SPEC.samplers - BEAMS,
     options=(
-        OptionSpec(
-            "ctx_size",
-            "int",
-            0,
-            "Context length in tokens; 0 is the model's own.",
-            minimum=0,
-            maximum=10_000_000,
-            aliases=("n_ctx", "max_seq_len", "context_length"),
-        ),
+        ctx_size(),
         OptionSpec(
             "kv_cache",
             "choice",
@@ -94,7 +82,7 @@ SPEC = LoaderSpec(
         OptionSpec(
             "lora_weights", "str", "", "One weight per adapter, separated by commas: 1,0.5. Empty: 1 each.", advanced=True
         ),
-        OptionSpec("prefill_chunk", "int", 2048, "Tokens per step of the prefill.", minimum=16, maximum=65_536, advanced=True),
+        prefill_chunk(2048),
     ),
     features=frozenset({"logprobs", "echo", "lora", "score", "grammar", "json_schema", "regex"}),
     overlay="exllama",
@@ -114,27 +102,9 @@ def refusal(files: ModelFiles) -> str | None:
     return None
 
 
-def to_native(sampling: dict[str, Any]) -> dict[str, Any]:
-    """Sampling parameters as this loader runs them: {"sampler": for SamplerChain, "ignored": parameter -> reason}."""
-    honoured, ignored = table.split_supported(sampling, SPEC.samplers, SPEC.title)
-    return {"sampler": honoured, "ignored": ignored}
-
-
-class ExllamaEngine(Engine):
+class ExllamaEngine(LogitsEngine):
     spec = SPEC
-
-    def __init__(self) -> None:
-        self._runner: HfRunner | None = None
-
-    @classmethod
-    def versions(cls) -> dict[str, str]:
-        found = {}
-        for package in ("exllamav2", "exllamav3", "torch"):
-            try:
-                found[package] = metadata.version(package)
-            except metadata.PackageNotFoundError:
-                continue
-        return found
+    packages = ("exllamav2", "exllamav3", "torch")
 
     def load(self, path: str, options: dict[str, Any], progress: Progress) -> ModelInfo:
         from loaders._exllama_load import load
@@ -143,27 +113,3 @@ class ExllamaEngine(Engine):
         loaded = load(path, options, progress)
         self._runner = HfRunner(loaded, prefill_chunk=options["prefill_chunk"])
         return loaded.info
-
-    @property
-    def runner(self) -> HfRunner:
-        assert self._runner is not None, "load comes first"
-        return self._runner
-
-    def generate(self, request: GenerationRequest, cancel: CancelToken) -> Iterator[Event | None]:
-        native = to_native(request.sampling)
-        yield from self.runner.generate(request, cancel, native["sampler"], native["ignored"])
-
-    def encode(self, text: str, add_special: bool) -> list[int]:
-        return self.runner.text.encode(text, add_special)
-
-    def decode(self, token_ids: Sequence[int], skip_special: bool = True) -> str:
-        return self.runner.text.decode(token_ids, skip_special)
-
-    def token_text(self, token_id: int) -> str:
-        return self.runner.text.token_text(token_id)
-
-    def score(self, token_ids: Sequence[int]) -> list[float]:
-        return self.runner.score(token_ids)
-
-    def memory_bytes(self) -> int | None:
-        return self.runner.device_memory() if self._runner else None

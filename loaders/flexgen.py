@@ -9,27 +9,22 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loaders._flexgen_package import check_package
 from loaders._flexgen_plan import Plan, cache_elements, elements, plan_of, weight_bytes
+from loaders._logits import NEED_THE_MODEL, THREADS, LogitsEngine, ctx_size
 from modules import sampling as table
-from modules.engine import CancelToken, Engine, Progress
 from modules.errors import CorruptModel, LoadError, LoadOutOfMemory, StorageFull
-from modules.schema import Event, GenerationRequest, LoaderSpec, LoadProgress, ModelFiles, ModelInfo, OptionSpec, Quantization
+from modules.schema import LoaderSpec, LoadProgress, ModelFiles, ModelInfo, OptionSpec, Quantization
 
 if TYPE_CHECKING:
-    from loaders._flexgen_batch import Batcher
     from loaders._flexgen_model import FlexModel
     from modules.detect.opt import OptShape
+    from modules.engine import Progress
 
-_NEEDS_MODEL = frozenset(
-    "num_beams length_penalty early_stopping guidance_scale negative_prompt penalty_alpha prompt_lookup_num_tokens".split()
-)
 _PERCENT = "Percent of the {} on GPU, CPU and disk; they add up to 100."
 _OFFLOAD = "switchyard-flexgen-"
 
@@ -39,7 +34,7 @@ SPEC = LoaderSpec(
     engine="loaders.flexgen:FlexGenEngine",
     summary="OPT and Galactica in little memory, many requests at once: weights and cache over GPU, CPU and disk.",
     formats={"flexgen": 100, "hf": 10},
-    samplers=frozenset(table.PARAMETERS) - _NEEDS_MODEL,
+    samplers=frozenset(table.PARAMETERS) - NEED_THE_MODEL,
     options=(
         OptionSpec("w_percent", "str", "100,0,0", _PERCENT.format("weights")),
         OptionSpec("cache_percent", "str", "100,0,0", _PERCENT.format("attention cache")),
@@ -81,18 +76,10 @@ SPEC = LoaderSpec(
             choices=("auto", "float16", "float32"),
             advanced=True,
         ),
-        OptionSpec(
-            "ctx_size",
-            "int",
-            0,
-            "Context length in tokens; 0 is the model's own.",
-            minimum=0,
-            maximum=10_000_000,
-            aliases=("n_ctx", "max_seq_len", "context_length"),
-        ),
+        ctx_size(),
         OptionSpec("cpu", "bool", False, "Stay on the CPU even if there is a GPU."),
         OptionSpec("offload_dir", "path", "", "Folder for what is kept on disk; empty is a temporary one.", advanced=True),
-        OptionSpec("threads", "int", 0, "CPU threads; 0 is one per core.", minimum=0, maximum=1024),
+        THREADS,
     ),
     features=frozenset({"logprobs", "echo", "score", "embeddings", "grammar", "json_schema", "regex"}),
     overlay="flexgen",
@@ -120,29 +107,14 @@ def refusal(files: ModelFiles) -> str | None:
     return None
 
 
-def to_native(sampling: dict[str, Any]) -> dict[str, Any]:
-    """Parameters for `modules.samplers.SamplerChain` ("sampler"), and what can't be honoured with the reason ("ignored")."""
-    honoured, ignored = table.split_supported(sampling, SPEC.samplers, SPEC.title)
-    return {"sampler": honoured, "ignored": ignored}
-
-
-class FlexGenEngine(Engine):
+class FlexGenEngine(LogitsEngine):
     spec = SPEC
+    packages = ("flexgen", "torch", "transformers")
 
     def __init__(self) -> None:
-        self._batcher: Batcher | None = None
+        super().__init__()
         self._model: FlexModel | None = None
         self._offload: Path | None = None
-
-    @classmethod
-    def versions(cls) -> dict[str, str]:
-        found = {}
-        for package in ("flexgen", "torch", "transformers"):
-            try:
-                found[package] = metadata.version(package)
-            except metadata.PackageNotFoundError:
-                continue
-        return found
 
     def load(self, path: str, options: dict[str, Any], progress: Progress) -> ModelInfo:
         from modules.opt_weights import open_weights
@@ -188,33 +160,9 @@ class FlexGenEngine(Engine):
         progress(LoadProgress("Reading the tokenizer"))
         text, special = _tokenizer(folder)
         info = _describe(folder, options, self._model, shape, special, torch.__version__)
-        self._batcher = Batcher(self._model, text, info)
-        self._batcher.score([0, 0])  # the first pass sets up kernels: not in the first request's time
+        self._runner = Batcher(self._model, text, info)
+        self._runner.score([0, 0])  # the first pass sets up kernels: not in the first request's time
         return info
-
-    @property
-    def batcher(self) -> Batcher:
-        assert self._batcher is not None, "load comes first"
-        return self._batcher
-
-    def generate(self, request: GenerationRequest, cancel: CancelToken) -> Iterator[Event | None]:
-        native = to_native(request.sampling)
-        yield from self.batcher.generate(request, cancel, native["sampler"], native["ignored"])
-
-    def encode(self, text: str, add_special: bool) -> list[int]:
-        return self.batcher.text.encode(text, add_special)
-
-    def decode(self, token_ids: Sequence[int], skip_special: bool = True) -> str:
-        return self.batcher.text.decode(token_ids, skip_special)
-
-    def token_text(self, token_id: int) -> str:
-        return self.batcher.text.token_text(token_id)
-
-    def score(self, token_ids: Sequence[int]) -> list[float]:
-        return self.batcher.score(token_ids)
-
-    def embed(self, token_ids: Sequence[int]) -> list[float]:
-        return self.batcher.embed(token_ids)
 
     def memory_bytes(self) -> int | None:
         if self._model is None or not self._model.plan.cuda:

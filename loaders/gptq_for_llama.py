@@ -7,10 +7,10 @@ This module is the spec and the thin engine. `_gptq_load` reads the checkpoint, 
 
 from __future__ import annotations
 
-from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from loaders import transformers as hf
+from loaders._logits import THREADS, ctx_size, prefill_chunk
 from modules.schema import LoaderSpec, ModelInfo, OptionSpec
 
 if TYPE_CHECKING:
@@ -24,15 +24,7 @@ SPEC = LoaderSpec(
     formats={"gptq": 90},
     samplers=hf.SPEC.samplers,
     options=(
-        OptionSpec(
-            "ctx_size",
-            "int",
-            0,
-            "Context length in tokens; 0 is the model's own.",
-            minimum=0,
-            maximum=10_000_000,
-            aliases=("n_ctx", "max_seq_len", "context_length"),
-        ),
+        ctx_size(),
         OptionSpec(
             "kernel",
             "choice",
@@ -43,8 +35,8 @@ SPEC = LoaderSpec(
             choices=("auto", "int8", "exact", "int4", "dense", "unpack", "triton"),
         ),
         OptionSpec("cpu", "bool", False, "Stay on the CPU even if there is a GPU."),
-        OptionSpec("threads", "int", 0, "CPU threads; 0 is one per core.", minimum=0, maximum=1024),
-        OptionSpec("prefill_chunk", "int", 512, "Tokens per step of the prefill.", minimum=16, maximum=65_536, advanced=True),
+        THREADS,
+        prefill_chunk(512),
     ),
     features=frozenset({"logprobs", "echo", "score", "embeddings", "grammar", "json_schema", "regex"}),
     overlay="transformers",
@@ -56,10 +48,7 @@ SPEC = LoaderSpec(
 
 class GptqEngine(hf.TransformersEngine):
     spec = SPEC
-
-    @classmethod
-    def versions(cls) -> dict[str, str]:
-        return {package: metadata.version(package) for package in ("transformers", "torch")}
+    packages: ClassVar[tuple[str, ...]] = ("transformers", "torch")
 
     def load(self, path: str, options: dict[str, Any], progress: Progress) -> ModelInfo:
         from loaders._gptq_decoder import make_runner

@@ -14,6 +14,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
 
+from loaders._logits import NEED_THE_MODEL, ctx_size
 from modules import sampling as table
 from modules.engine import CancelToken, Engine, Progress
 from modules.errors import BackendUnavailable, InvalidGrammar, UnsupportedParameter
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     from loaders._xllamacpp_server import ServerModel
 
 _CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
-_LACKING = frozenset(
-    "guidance_scale negative_prompt penalty_alpha num_beams length_penalty early_stopping prompt_lookup_num_tokens".split()
-)
 
 SPEC = LoaderSpec(
     name="llamacpp",
@@ -36,17 +34,9 @@ SPEC = LoaderSpec(
     engine="loaders.llamacpp:LlamaCppEngine",
     summary="GGUF files in every quantisation, fast on any CPU and on GPUs.",
     formats={"gguf": 100},
-    samplers=frozenset(table.PARAMETERS) - _LACKING,
+    samplers=frozenset(table.PARAMETERS) - NEED_THE_MODEL,
     options=(
-        OptionSpec(
-            "ctx_size",
-            "int",
-            0,
-            "Context length in tokens; 0 is the model's own, at most 8192.",
-            minimum=0,
-            maximum=10_000_000,
-            aliases=("n_ctx", "max_seq_len", "context_length", "ctx-size"),
-        ),
+        ctx_size("Context length in tokens; 0 is the model's own, at most 8192."),
         OptionSpec(
             "gpu_layers",
             "int",

@@ -6,18 +6,14 @@ This module is the spec and the thin engine; `_rwkv_load` reads the model, `_rwk
 
 from __future__ import annotations
 
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from loaders import transformers as hf
+from loaders._logits import NEED_THE_MODEL, THREADS, LogitsEngine, ctx_size, prefill_chunk
 from modules import sampling as table
 from modules.schema import LoaderSpec, ModelInfo, OptionSpec
 
 if TYPE_CHECKING:
     from modules.engine import Progress
-
-_BEAMS = frozenset({"num_beams", "length_penalty", "early_stopping"})
-_NEED_THE_MODEL = frozenset({"guidance_scale", "negative_prompt", "penalty_alpha", "prompt_lookup_num_tokens"})
 
 SPEC = LoaderSpec(
     name="rwkv",
@@ -25,7 +21,7 @@ SPEC = LoaderSpec(
     engine="loaders.rwkv:RwkvEngine",
     summary="RWKV models of versions 4 to 7 (.safetensors): recurrent networks whose memory does not grow with the text.",
     formats={"rwkv": 100},
-    samplers=frozenset(table.PARAMETERS) - _BEAMS - _NEED_THE_MODEL,
+    samplers=frozenset(table.PARAMETERS) - NEED_THE_MODEL,
     options=(
         OptionSpec(
             "strategy",
@@ -35,15 +31,7 @@ SPEC = LoaderSpec(
             "(8-bit weights) and layer splits: cuda fp16i8 *10 -> cpu fp32. auto: cuda fp16 on a GPU, else cpu fp32.",
             aliases=("rwkv_strategy",),
         ),
-        OptionSpec(
-            "ctx_size",
-            "int",
-            0,
-            "Tokens of prompt and answer; 0 is what the model was trained on, or 4096. An RWKV reads on beyond it, worse.",
-            minimum=0,
-            maximum=10_000_000,
-            aliases=("n_ctx", "max_seq_len", "context_length"),
-        ),
+        ctx_size("Tokens of prompt and answer; 0 is what the model was trained on, or 4096. An RWKV reads on beyond it, worse."),
         OptionSpec(
             "tokenizer",
             "choice",
@@ -88,8 +76,8 @@ SPEC = LoaderSpec(
             maximum=1,
             advanced=True,
         ),
-        OptionSpec("threads", "int", 0, "CPU threads; 0 is one per core.", minimum=0, maximum=1024),
-        OptionSpec("prefill_chunk", "int", 256, "Tokens per step of the prefill.", minimum=16, maximum=65_536, advanced=True),
+        THREADS,
+        prefill_chunk(256),
     ),
     features=frozenset({"logprobs", "echo", "score", "grammar", "json_schema", "regex"}),
     overlay="rwkv",
@@ -99,20 +87,9 @@ SPEC = LoaderSpec(
 )
 
 
-def to_native(sampling: dict[str, Any]) -> dict[str, Any]:
-    """Sampling parameters for `modules.samplers.SamplerChain` under "sampler"; under "ignored" what can't be honoured and why."""
-    honoured, ignored = table.split_supported(sampling, SPEC.samplers, SPEC.title)
-    return {"sampler": honoured, "ignored": ignored}
-
-
-class RwkvEngine(hf.TransformersEngine):
-    """The Transformers engine around another model: text, requests and refusals are the same."""
-
+class RwkvEngine(LogitsEngine):
     spec = SPEC
-
-    @classmethod
-    def versions(cls) -> dict[str, str]:
-        return {package: metadata.version(package) for package in ("rwkv", "torch")}
+    packages = ("rwkv", "torch")
 
     def load(self, path: str, options: dict[str, Any], progress: Progress) -> ModelInfo:
         from loaders._rwkv_load import load

@@ -7,19 +7,19 @@ cache kept for the next turn.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from importlib import metadata
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from loaders._logits import BEAMS, THREADS, LogitsEngine, ctx_size, native_parameters, prefill_chunk
 from modules import sampling as table
-from modules.engine import CancelToken, Engine, Progress
 from modules.errors import UnsupportedParameter
-from modules.schema import Event, GenerationRequest, LoaderSpec, ModelInfo, OptionSpec
+from modules.schema import LoaderSpec, OptionSpec
 
 if TYPE_CHECKING:
-    from loaders._hf_generate import HfRunner
+    from collections.abc import Iterator
 
-_BEAMS = frozenset({"num_beams", "length_penalty", "early_stopping"})
+    from modules.engine import CancelToken, Progress
+    from modules.schema import Event, GenerationRequest, ModelInfo
+
 _NOT_YET = frozenset({"penalty_alpha"})
 # What beam search honours beside its own parameters, under generate()'s names.
 _WITH_BEAMS = {
@@ -37,15 +37,7 @@ SPEC = LoaderSpec(
     formats={"hf": 100},
     samplers=frozenset(table.PARAMETERS) - _NOT_YET,
     options=(
-        OptionSpec(
-            "ctx_size",
-            "int",
-            0,
-            "Context length in tokens; 0 is the model's own.",
-            minimum=0,
-            maximum=10_000_000,
-            aliases=("n_ctx", "max_seq_len", "context_length"),
-        ),
+        ctx_size(),
         OptionSpec(
             "dtype",
             "choice",
@@ -95,8 +87,8 @@ SPEC = LoaderSpec(
             aliases=("attn-implementation",),
             advanced=True,
         ),
-        OptionSpec("threads", "int", 0, "CPU threads; 0 is one per core.", minimum=0, maximum=1024),
-        OptionSpec("prefill_chunk", "int", 512, "Tokens per step of the prefill.", minimum=16, maximum=65_536, advanced=True),
+        THREADS,
+        prefill_chunk(512),
     ),
     features=frozenset({"logprobs", "echo", "lora", "score", "embeddings", "grammar", "json_schema", "regex"}),
     overlay="transformers",
@@ -106,39 +98,24 @@ SPEC = LoaderSpec(
 )
 
 
-def to_native(sampling: dict[str, Any]) -> dict[str, Any]:
-    """Sampling parameters as this loader runs them.
-
-    "sampler" goes to `modules.samplers.SamplerChain`; with beams "generate" holds keyword arguments of `generate()` instead.
-    "ignored" maps what can't be honoured to the reason.
-    """
-    honoured, ignored = table.split_supported(sampling, SPEC.samplers, SPEC.title)
-    if honoured.get("num_beams", 1) == 1:
-        return {"sampler": {k: v for k, v in honoured.items() if k not in _BEAMS}, "ignored": ignored}
-    active = table.active(honoured)
-    generate = {"num_beams": active["num_beams"], "do_sample": False}
-    generate |= {name: honoured[name] for name in ("length_penalty", "early_stopping") if name in honoured}
-    generate |= {_WITH_BEAMS[name]: value for name, value in active.items() if name in _WITH_BEAMS}
-    lost = active.keys() - _BEAMS - _WITH_BEAMS.keys() - _ANY_WAY
-    ignored |= {name: "Beam search takes the likeliest text and does not sample." for name in lost}
-    return {"generate": generate, "ignored": ignored}
-
-
-class TransformersEngine(Engine):
+class TransformersEngine(LogitsEngine):
     spec = SPEC
-
-    def __init__(self) -> None:
-        self._runner: HfRunner | None = None
+    packages: ClassVar[tuple[str, ...]] = ("transformers", "torch", "accelerate", "peft", "bitsandbytes")
 
     @classmethod
-    def versions(cls) -> dict[str, str]:
-        found = {}
-        for package in ("transformers", "torch", "accelerate", "peft", "bitsandbytes"):
-            try:
-                found[package] = metadata.version(package)
-            except metadata.PackageNotFoundError:
-                continue
-        return found
+    def to_native(cls, sampling: dict[str, Any]) -> dict[str, Any]:
+        """With beams, "generate" holds keyword arguments of transformers' `generate()` in place of "sampler"."""
+        native = native_parameters(cls.spec, sampling)
+        honoured, ignored = native["sampler"], native["ignored"]
+        if honoured.get("num_beams", 1) == 1:
+            return {"sampler": {k: v for k, v in honoured.items() if k not in BEAMS}, "ignored": ignored}
+        active = table.active(honoured)
+        generate = {"num_beams": active["num_beams"], "do_sample": False}
+        generate |= {name: honoured[name] for name in ("length_penalty", "early_stopping") if name in honoured}
+        generate |= {_WITH_BEAMS[name]: value for name, value in active.items() if name in _WITH_BEAMS}
+        lost = active.keys() - BEAMS - _WITH_BEAMS.keys() - _ANY_WAY
+        ignored |= {name: "Beam search takes the likeliest text and does not sample." for name in lost}
+        return {"generate": generate, "ignored": ignored}
 
     def load(self, path: str, options: dict[str, Any], progress: Progress) -> ModelInfo:
         from loaders._hf_generate import HfRunner
@@ -148,34 +125,11 @@ class TransformersEngine(Engine):
         self._runner = HfRunner(loaded, prefill_chunk=options["prefill_chunk"])
         return loaded.info
 
-    @property
-    def runner(self) -> HfRunner:
-        assert self._runner is not None, "load comes first"
-        return self._runner
-
     def generate(self, request: GenerationRequest, cancel: CancelToken) -> Iterator[Event | None]:
-        native = to_native(request.sampling)
-        if "generate" in native:
-            if request.grammar is not None or request.json_schema is not None or request.regex is not None:
-                raise UnsupportedParameter("Beam search can't be held to a form.", hint="Leave num_beams out.", param="num_beams")
-            yield from self.runner.beam_search(request, cancel, native["generate"], native["ignored"])
-        else:
-            yield from self.runner.generate(request, cancel, native["sampler"], native["ignored"])
-
-    def encode(self, text: str, add_special: bool) -> list[int]:
-        return self.runner.text.encode(text, add_special)
-
-    def decode(self, token_ids: Sequence[int], skip_special: bool = True) -> str:
-        return self.runner.text.decode(token_ids, skip_special)
-
-    def token_text(self, token_id: int) -> str:
-        return self.runner.text.token_text(token_id)
-
-    def score(self, token_ids: Sequence[int]) -> list[float]:
-        return self.runner.score(token_ids)
-
-    def embed(self, token_ids: Sequence[int]) -> list[float]:
-        return self.runner.embed(token_ids)
-
-    def memory_bytes(self) -> int | None:
-        return self.runner.device_memory() if self._runner else None
+        native = self.to_native(request.sampling)
+        if "sampler" in native:
+            yield from super().generate(request, cancel)
+            return
+        if request.grammar is not None or request.json_schema is not None or request.regex is not None:
+            raise UnsupportedParameter("Beam search can't be held to a form.", hint="Leave num_beams out.", param="num_beams")
+        yield from self._runner.beam_search(request, cancel, native["generate"], native["ignored"])

@@ -7,18 +7,14 @@ harness asks {"call", ...}, the answer is {"value"} or {"error"}. Nothing is fet
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
 import math
 import os
-import subprocess
-from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
-from modules.child_process import end_group, keep_tail
-from modules.errors import BackendUnavailable, EngineError, GenerationFailed, IncompatibleModel, error_from_wire
+from modules.child_process import Ended, run_job
+from modules.errors import BackendUnavailable, EngineError, GenerationFailed, IncompatibleModel
 from modules.overlays import start_script
 
 if TYPE_CHECKING:
@@ -27,7 +23,6 @@ if TYPE_CHECKING:
     from modules.overlays import Overlays
 
 OVERLAY = "lm_eval"
-_LINE_LIMIT = 64 << 20
 OnStep = Callable[[float, str], Awaitable[None]]
 
 
@@ -51,28 +46,17 @@ async def run_tasks(subject: Subject, plan: TaskPlan, overlays: Overlays, on_ste
             f"{subject.client.spec.title} can't score text, which tasks need.", hint="Choose another backend."
         )
     await on_step(0.0, "starting lm-evaluation-harness")
-    process = await _start(plan, subject, overlays)
-    tail: deque[str] = deque(maxlen=40)
-    reader = asyncio.create_task(keep_tail(process, tail))
-    try:
-        result = await _serve(process, _Answers(subject, on_step))
-        await process.wait()
-    finally:
-        await end_group(process)
-        reader.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await reader
-    if result is None:
-        last = tail[-1].strip() if tail else "it said nothing"
+    ended = await _run(plan, subject, overlays, _Answers(subject, on_step))
+    if ended.result is None:
         raise EngineError(
-            f"lm-evaluation-harness ended (exit status {process.returncode}): {last[:300]}",
+            f"lm-evaluation-harness ended (exit status {ended.exit_code}): {ended.last_words}",
             hint="Run `doctor`, or install its environment again.",
-            detail={"exit_code": process.returncode, "stderr": "\n".join(tail)[-8192:]},
+            detail=ended.detail,
         )
-    return result
+    return ended.result
 
 
-async def _start(plan: TaskPlan, subject: Subject, overlays: Overlays) -> asyncio.subprocess.Process:
+async def _run(plan: TaskPlan, subject: Subject, overlays: Overlays, answers: _Answers) -> Ended:
     request = {
         "tasks": list(plan.tasks),
         "few_shot": plan.few_shot,
@@ -86,44 +70,14 @@ async def _start(plan: TaskPlan, subject: Subject, overlays: Overlays) -> asynci
     if plan.fetch:
         proxies = {k: v for k, v in os.environ.items() if k.upper().endswith("_PROXY")}
         environment |= proxies | {"HF_HUB_OFFLINE": "0"}
-    return await asyncio.create_subprocess_exec(
-        str(overlays.python(OVERLAY)),
-        "-m",
-        "modules.evaluate.harness_child",
-        json.dumps(request),
-        cwd=overlays.root,
-        env=environment,
-        stdin=asyncio.subprocess.PIPE,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        limit=_LINE_LIMIT,
-        start_new_session=os.name == "posix",
-        creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
-    )
+    command = [str(overlays.python(OVERLAY)), "-m", "modules.evaluate.harness_child", json.dumps(request)]
+    return await run_job(command, environment, overlays.root, answers.answer)
 
 
 async def _first(subject: Subject) -> int:
     from modules.evaluate.measure import first_id
 
     return await first_id(subject)
-
-
-async def _serve(process: asyncio.subprocess.Process, answers: _Answers) -> dict[str, Any] | None:
-    """Answer calls until the results come. A worker's death ends the harness, too."""
-    assert process.stdout is not None and process.stdin is not None
-    while line := await process.stdout.readline():
-        try:
-            message = json.loads(line)
-        except ValueError as error:
-            raise EngineError("lm-evaluation-harness sent something that is no message.", hint="Try again.") from error
-        if "error" in message:
-            raise error_from_wire(message["error"])
-        if "done" in message:
-            return dict(message["done"])
-        value = await answers.answer(message)
-        process.stdin.write(json.dumps({"value": value}).encode("ascii") + b"\n")
-        await process.stdin.drain()
-    return None
 
 
 class _Answers:

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
-import os
 import signal
-import subprocess
 import sys
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from modules.child_process import end_group, keep_tail
-from modules.errors import BackendUnavailable, LoadError, LoadOutOfMemory, error_from_wire
+from modules.child_process import Ended, run_job
+from modules.errors import BackendUnavailable, LoadError, LoadOutOfMemory
 from modules.overlays import Overlays, start_script
 from modules.quantize.settings import QuantizeSettings, check_settings
 
@@ -25,8 +20,6 @@ ENVIRONMENTS = {
     "switchyard": ("transformers", ("torch", "transformers", "accelerate", "safetensors"), "Transformers"),
     "auto-gptq": ("autogptq", ("torch", "transformers", "auto_gptq"), "AutoGPTQ"),
 }
-_LINE_LIMIT = 1 << 20
-_TAIL_LINES = 40
 OnEvent = Callable[[dict[str, Any]], None]
 
 
@@ -87,63 +80,17 @@ async def quantize(job: QuantizeJob, on_event: OnEvent, overlays: Overlays | Non
         "resume": job.resume,
         "overwrite": job.overwrite,
     }
-    done = await _run(overlays, overlay, json.dumps(request), on_event)
+    command = [str(overlays.python(overlay)), "-m", "modules.quantize.child", json.dumps(request)]
+    ended = await run_job(command, overlays.worker_env(overlay), overlays.root, on_event)
+    done = ended.result
+    if done is None:
+        raise _failure(ended)
     return Quantized(Path(done["path"]), done["size_bytes"], done["seconds"], done["mean_loss"], done["layers"])
 
 
-async def _run(overlays: Overlays, overlay: str, request: str, on_event: OnEvent) -> dict[str, Any]:
-    process = await asyncio.create_subprocess_exec(
-        str(overlays.python(overlay)),
-        "-m",
-        "modules.quantize.child",
-        request,
-        cwd=overlays.root,
-        env=overlays.worker_env(overlay),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        limit=_LINE_LIMIT,
-        start_new_session=os.name == "posix",
-        creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
-    )
-    tail: deque[str] = deque(maxlen=_TAIL_LINES)
-    reader = asyncio.create_task(keep_tail(process, tail))
-    try:
-        result = await _read_events(process, on_event)
-        await process.wait()
-        await reader
-    finally:
-        await end_group(process)
-        reader.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await reader
-    if result is None:
-        raise _ended(process.returncode, tail)
-    return result
-
-
-async def _read_events(process: asyncio.subprocess.Process, on_event: OnEvent) -> dict[str, Any] | None:
-    assert process.stdout is not None
-    result = None
-    while line := await process.stdout.readline():
-        try:
-            event = json.loads(line)
-        except ValueError as error:
-            raise LoadError("The quantiser's process sent something that is no message.", hint="Try again.") from error
-        if "error" in event:
-            raise error_from_wire(event["error"])
-        if "done" in event:
-            result = dict(event["done"])
-        else:
-            on_event(event)
-    return result
-
-
-def _ended(code: int | None, tail: deque[str]) -> LoadError:
-    text = "\n".join(tail)
-    detail = {"exit_code": code, "stderr": text[-8192:]}
+def _failure(ended: Ended) -> LoadError:
     again = "Run the same command again: it goes on from the last finished block."
-    if code == -signal.SIGKILL if sys.platform != "win32" else False:
-        return LoadOutOfMemory("The quantiser was killed, most likely for want of memory.", hint=again, detail=detail)
-    last = tail[-1].strip() if tail else "it said nothing"
-    return LoadError(f"The quantiser's process ended (exit status {code}): {last[:300]}", hint=again, detail=detail)
+    if sys.platform != "win32" and ended.exit_code == -signal.SIGKILL:
+        return LoadOutOfMemory("The quantiser was killed, most likely for want of memory.", hint=again, detail=ended.detail)
+    text = f"The quantiser's process ended (exit status {ended.exit_code}): {ended.last_words}"
+    return LoadError(text, hint=again, detail=ended.detail)

@@ -16,7 +16,7 @@ import pytest
 from loaders import _exllama_load as load_module
 from loaders._exllama_load import adapter_folder, check_options, context_size, package_for, parse_split, typed, why_no_import
 from loaders._exllama_nets import Net, Session, V2Net, V3Net
-from loaders.exllama import SPEC, refusal, to_native
+from loaders.exllama import SPEC, ExllamaEngine, refusal
 from modules import sampling
 from modules.errors import AppError, CorruptModel, IncompatibleModel, InvalidParameter, LoadError, LoadOutOfMemory
 from modules.load_options import complete_options
@@ -146,9 +146,9 @@ def test_every_parameter_is_honoured_or_reported() -> None:
         value = {"float": parameter.maximum, "int": 2, "bool": not parameter.neutral, "bias": {"1": 2.0}}.get(parameter.kind)
         if value is None or not sampling.active({parameter.name: value}):
             continue
-        made = to_native(sampling.check({parameter.name: value}))
+        made = ExllamaEngine.to_native(sampling.check({parameter.name: value}))
         assert parameter.name in made["sampler"] or "ExLlama" in made["ignored"][parameter.name], parameter.name
-    assert "num_beams" in to_native(sampling.check({"num_beams": 2}))["ignored"]
+    assert "num_beams" in ExllamaEngine.to_native(sampling.check({"num_beams": 2}))["ignored"]
 
 
 # --- text ---------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 
 from loaders._flexgen_package import FINGERPRINTS, changed_functions, check_package
 from loaders._flexgen_plan import main_memory_bytes, plan_of, weight_bytes
-from loaders.flexgen import SPEC, refusal, to_native
+from loaders.flexgen import SPEC, FlexGenEngine, refusal
 from modules.detect.opt import opt_shape, source_name
 from modules.errors import BackendUnavailable, CorruptModel, IncompatibleModel, InvalidParameter, UnsafeModel
 from modules.opt_weights import open_weights
@@ -88,7 +88,7 @@ def test_what_the_percentages_promise() -> None:
 
 
 def test_samplers() -> None:
-    native = to_native({"temperature": 0.5, "top_k": 3, "guidance_scale": 2.0})
+    native = FlexGenEngine.to_native({"temperature": 0.5, "top_k": 3, "guidance_scale": 2.0})
     assert native["sampler"] == {"temperature": 0.5, "top_k": 3} and list(native["ignored"]) == ["guidance_scale"]
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from loaders import _rwkv_load as load
 from loaders._rwkv_states import StateCache
 from loaders._rwkv_text import WORLD_SIZE, byte_codec, world_codec
-from loaders.rwkv import SPEC, to_native
+from loaders.rwkv import SPEC, RwkvEngine
 from modules import sampling
 from modules.detect import inspect
 from modules.detect.rwkv import RwkvShape, rwkv_shape
@@ -165,7 +165,7 @@ def test_every_parameter_is_honoured_or_reported() -> None:
         value = {"float": parameter.maximum, "int": 2, "bool": not parameter.neutral, "bias": {"1": 2.0}}.get(parameter.kind)
         if value is None or not sampling.active({parameter.name: value}):
             continue
-        made = to_native(sampling.check({parameter.name: value}))
+        made = RwkvEngine.to_native(sampling.check({parameter.name: value}))
         assert (parameter.name in made["sampler"]) != (parameter.name in made["ignored"]), parameter.name
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from loaders import _hf_load
-from loaders.transformers import SPEC, to_native
+from loaders.transformers import SPEC, TransformersEngine
 from modules import sampling
 from modules.errors import CorruptModel, IncompatibleModel, InvalidParameter, LoadError, LoadOutOfMemory, UnsafeModel
 from modules.load_options import complete_options
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def native(**values: Any) -> dict[str, Any]:
-    return to_native(sampling.check(values))
+    return TransformersEngine.to_native(sampling.check(values))
 
 
 def test_samplers_go_to_the_chain() -> None:
