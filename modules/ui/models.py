@@ -54,8 +54,8 @@ class ModelBar:
         self._options = options
         self.outputs = [self.model, self.backend, *options.components]
         js_only: dict[str, Any] = {"fn": None, **QUIET}
-        self.model.input(self._chosen, [self.model], [self.backend, *options.components], **QUIET)
-        self.backend.input(self._picked, [self.model, self.backend], self.outputs, **QUIET)
+        self._pick(self.model, self._chosen, [self.model], [self.backend, *options.components])
+        self._pick(self.backend, self._picked, [self.model, self.backend], self.outputs)
         table = json.dumps(options.table)
         load = f"(model, backend, ...values) => {{ window.switchyard.loadWith(model, backend, {table}, values); }}"
         self._load.click(inputs=[self.model, self.backend, *options.components], outputs=None, js=load, **js_only)
@@ -63,6 +63,13 @@ class ModelBar:
         self.backend.change(
             inputs=[self.backend], outputs=None, js="(name) => { window.switchyard.showOptions(name); }", **js_only
         )
+
+    @staticmethod
+    def _pick(dropdown: gr.Dropdown, answer: Any, inputs: list[Any], outputs: list[Any]) -> None:
+        """What a choice changes comes from the server: a Load in the meantime waits for it."""
+        begin = "(...values) => { window.switchyard.picking(); return values; }"
+        picked = dropdown.input(answer, inputs, outputs, js=begin, **QUIET)
+        picked.then(fn=None, js="() => { window.switchyard.picked(); }", **QUIET)
 
     def _chosen(self, model_id: str | None) -> list[Any]:
         return [self.backends(model_id), *self._options.fill(model_id)]

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 
 from modules.sampling import PARAMETERS
 from tests.ui.conftest import answer, body, growing, ready, send, wait
@@ -48,6 +48,27 @@ def test_unload_and_load_from_the_top_bar(visit: Visit, server: Server) -> None:
     loaded = active(server)
     assert loaded is not None
     assert loaded["loader"] == "echo"
+
+
+@pytest.mark.usefixtures("fresh_echo")
+def test_a_load_waits_for_what_the_choice_fills_in(visit: Visit, server: Server) -> None:
+    page = visit.open()
+    page.locator("#sy-unload").click()
+    expect(page.get_by_test_id("model-state")).to_have_attribute("data-state", "empty")
+    expect(page.locator("#sy-model input")).not_to_have_value(re.compile("^echo"))
+
+    def slowly(route: Route) -> None:
+        page.wait_for_timeout(700)
+        route.continue_()
+
+    page.route("**/gradio_api/**", slowly)
+    page.locator("#sy-model input").click()
+    page.get_by_role("option", name="echo").first.click()
+    page.locator("#sy-load").click()
+    expect(page.get_by_test_id("model-state")).to_have_attribute("data-state", "ready", timeout=20_000)
+    loaded = active(server)
+    assert loaded is not None and loaded["loader"] == "echo"
+    page.unroute_all(behavior="ignoreErrors")
 
 
 @pytest.mark.usefixtures("fresh_echo")

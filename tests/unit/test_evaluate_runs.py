@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,9 @@ HF = Target("wren-6m", "transformers", {"dtype": "float32", "threads": 1})
 ECHO = Target("echo", "echo")
 
 
+Workers = Callable[[], "list[psutil.Process]"]
+
+
 def needs(overlays: Overlays, *targets: Target) -> None:
     for target in targets:
         spec = SPECS[str(target.loader)]
@@ -43,6 +47,13 @@ def around(tmp_path: Path, overlays: Overlays) -> Surroundings:
     return Surroundings(library, SPECS, overlays, EvaluationStore(tmp_path / "evaluations"), [tmp_path / "datasets"])
 
 
+@pytest.fixture
+def new_workers() -> Workers:
+    """The worker processes alive that were not when the test began (another test's may be kept)."""
+    before = set(_workers())
+    return lambda: [worker for worker in _workers() if worker not in before]
+
+
 def text_file(tmp_path: Path, size: int = 6000) -> str:
     path = tmp_path / "short.txt"
     path.write_text((ROOT / "modules" / "evaluate" / "heldout.txt").read_text(encoding="utf-8")[:size], encoding="utf-8")
@@ -53,7 +64,7 @@ def new(around: Surroundings, plan: Plan, heard: list[dict[str, Any]] | None = N
     return Evaluation.new(around, plan, (heard if heard is not None else []).append)
 
 
-async def test_echo_is_timed_and_asked_but_says_that_it_can_not_score(around: Surroundings) -> None:
+async def test_echo_is_timed_and_asked_but_says_that_it_can_not_score(around: Surroundings, new_workers: Workers) -> None:
     heard: list[dict[str, Any]] = []
     plan = Plan(
         (ECHO, Target("echo", "echo", {"context_length": 512})),
@@ -73,7 +84,7 @@ async def test_echo_is_timed_and_asked_but_says_that_it_can_not_score(around: Su
     assert row["peak_memory_bytes"] > 1_000_000 and row["load_s"] >= 0
     assert around.store.load(run["id"])["state"] == "partial"
     assert {event["stage"] for event in heard} >= {"load", "speed", "answers", "end"}
-    assert around.library.list() and not _workers()
+    assert around.library.list() and not new_workers()
 
 
 async def test_a_model_that_does_not_load_leaves_the_others_their_turn(around: Surroundings) -> None:
@@ -109,7 +120,9 @@ async def test_ppl_of_the_same_weights_is_the_same_in_two_loaders(
     assert run["rows"][0]["size_bytes"] > 0 and run["rows"][1]["peak_memory_bytes"] > 0
 
 
-async def test_a_stopped_run_goes_on_where_it_was(around: Surroundings, tmp_path: Path, overlays: Overlays) -> None:
+async def test_a_stopped_run_goes_on_where_it_was(
+    around: Surroundings, tmp_path: Path, overlays: Overlays, new_workers: Workers
+) -> None:
     needs(overlays, GGUF)
     text = text_file(tmp_path)
     plan = Plan((GGUF,), data=(text,), context=64)
@@ -129,7 +142,7 @@ async def test_a_stopped_run_goes_on_where_it_was(around: Surroundings, tmp_path
     stored = around.store.load(first.run["id"])
     assert stored["state"] == "cancelled" and stored["rows"][0]["perplexity"] == {}
     assert len(stored["rows"][0]["unfinished"][text]["sums"]) >= 5
-    assert not _workers()
+    assert not new_workers()
     heard: list[dict[str, Any]] = []
     run = await Evaluation.resume(around, first.run["id"], heard.append).work()
     assert run["state"] == "done" and not any(event["words"].startswith("window 3 ") for event in heard)
@@ -137,7 +150,7 @@ async def test_a_stopped_run_goes_on_where_it_was(around: Surroundings, tmp_path
 
 
 async def test_a_worker_that_dies_in_the_middle_loses_only_its_own_text(
-    around: Surroundings, tmp_path: Path, overlays: Overlays
+    around: Surroundings, tmp_path: Path, overlays: Overlays, new_workers: Workers
 ) -> None:
     needs(overlays, GGUF)
     text = text_file(tmp_path)
@@ -145,7 +158,7 @@ async def test_a_worker_that_dies_in_the_middle_loses_only_its_own_text(
 
     def kill_once(event: dict[str, Any]) -> None:
         if event["words"].startswith("window 3 ") and not killed:
-            (worker,) = _workers()
+            (worker,) = new_workers()
             killed.append(worker.pid)
             os.kill(worker.pid, getattr(signal, "SIGKILL", signal.SIGTERM))
 
@@ -179,7 +192,7 @@ async def test_a_run_is_worked_on_once(around: Surroundings) -> None:
 
 
 def _workers() -> list[psutil.Process]:
-    """This test's worker processes that are alive."""
+    """Worker processes below this one that are alive."""
     found = []
     for child in psutil.Process().children(recursive=True):
         try:

@@ -43,7 +43,7 @@ def _convert(report: Report, converter: Path, model: Path, out: Path, kind: str,
 
     import convert_hf_to_gguf  # type: ignore[import-not-found]
 
-    _name_rotary_share()
+    _restore_old_names()
     tokenizer = _read_tokenizer(model)
     _recognise_plain_byte_level(report, tokenizer)
     _score_by_merge_order(tokenizer)
@@ -143,8 +143,8 @@ def _read_tokenizer(model: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _name_rotary_share() -> None:
-    """Transformers 5 moves GPT-NeoX's `rotary_pct` into `rope_parameters`, where the converter does not look for it."""
+def _restore_old_names() -> None:
+    """Transformers 5 moves or drops settings of old architectures that the converter asks for by their old names."""
     from conversion import ModelBase  # type: ignore[import-not-found]
 
     original = ModelBase.load_hparams
@@ -152,15 +152,17 @@ def _name_rotary_share() -> None:
     def load_hparams(*args: Any, **kwargs: Any) -> dict[str, Any]:
         values: dict[str, Any] = original(*args, **kwargs)
         rope = values.get("rope_parameters") or {}
-        if "partial_rotary_factor" in rope:
+        if "partial_rotary_factor" in rope:  # GPT-NeoX
             values.setdefault("rotary_pct", rope["partial_rotary_factor"])
+        if "n_positions" in values:  # GPT-2
+            values.setdefault("n_ctx", values["n_positions"])
         return values
 
     ModelBase.load_hparams = staticmethod(load_hparams)
 
 
 def _recognise_plain_byte_level(report: Report, tokenizer: dict[str, Any]) -> None:
-    from conversion import TextModel  # type: ignore[import-not-found]
+    from conversion import TextModel
 
     original = TextModel.get_vocab_base_pre
 

@@ -14,9 +14,13 @@ import { fail, toast } from './toast.js';
 // Page, words, icon; on a phone the tools are behind one button.
 const PAGES = [['chat', 'Chat', 'chat'], ['models', 'Models', 'cube'], ['quantize', 'Quantise', 'layers', 'tool'], ['evaluate', 'Evaluate', 'gauge', 'tool'], ['batch', 'Batch', 'batch', 'tool'], ['settings', 'Settings', 'gear']];
 
+// Longer than this a Load does not wait for a choice that never came back.
+const PICK_MS = 8000;
+
 class Shell {
   constructor(root, trigger) {
     this.trigger = trigger;
+    this.picks = 0;
     this.lamp = h('span', { class: 'sy-lamp' });
     this.words = h('span', { class: 'sy-state-words', dir: 'auto' });
     this.name = h('span', { class: 'sy-state-name', dir: 'auto' });
@@ -222,6 +226,24 @@ class Shell {
     return loadModel(body);
   }
 
+  /** A choice in a dropdown is on its way to the server, which fills in what it changes. */
+  picking() {
+    this.picks += 1;
+    this.pickedAt = Date.now();
+  }
+
+  picked() {
+    this.picks = Math.max(0, this.picks - 1);
+    if (this.picks || !this.loadAfterPick) return;
+    this.loadAfterPick = false;
+    setTimeout(() => document.querySelector('#sy-load').click()); // Gradio has shown the new values by then
+  }
+
+  loadWith(model, loader, table, values) {
+    if (this.picks && Date.now() - this.pickedAt < PICK_MS) this.loadAfterPick = true;
+    else this.load(model, loader, optionsOf(loader, table, values));
+  }
+
   async unload() {
     const resident = activeResident() || models.residents[0];
     if (!resident) return toast('No model is loaded.');
@@ -271,7 +293,9 @@ export function mount({ element, trigger }) {
     unload: () => shell.unload(),
     install: (name) => shell.install(name),
     refreshControls: () => trigger('models_changed'),
-    loadWith: (model, loader, table, values) => shell.load(model, loader, optionsOf(loader, table, values)),
+    loadWith: (model, loader, table, values) => shell.loadWith(model, loader, table, values),
+    picking: () => shell.picking(),
+    picked: () => shell.picked(),
     showOptions,
     theme: (choice) => shell.theme(choice),
     saveSetting,
