@@ -68,7 +68,7 @@ class Server:
         )
         self.http = httpx.Client(base_url=self.url, timeout=600)
         if wait_ready:
-            self.wait("/health")
+            self.wait("/v1/models" if "--no-model" in flags else "/health")  # healthy means that a model is ready
 
     def wait(self, path: str, status: int = 200, limit_s: float = 600) -> float:
         """Poll until `path` answers `status`; seconds since the start."""

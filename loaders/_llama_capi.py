@@ -146,6 +146,8 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "llama_set_abort_callback": (None, Pointer, AbortCallback, Pointer),
     "llama_synchronize": (None, Pointer),
     "llama_get_logits_ith": (ctypes.POINTER(_F), Pointer, _I),
+    "llama_set_embeddings": (None, Pointer, _B),
+    "llama_get_embeddings_ith": (ctypes.POINTER(_F), Pointer, _I),
     "llama_vocab_n_tokens": (_I, Pointer),
     "llama_vocab_is_eog": (_B, Pointer, Token),
     "llama_vocab_bos": (Token, Pointer),

@@ -14,7 +14,14 @@ from loaders._llama_sampling import NativeSampler
 from loaders._process import peak_memory
 from modules.assemble import TokenAssembler
 from modules.detokenize import ByteDetokenizer
-from modules.errors import ContextLengthExceeded, GenerateOutOfMemory, GenerationFailed, InvalidParameter, LoadOutOfMemory
+from modules.errors import (
+    ContextLengthExceeded,
+    GenerateOutOfMemory,
+    GenerationFailed,
+    InvalidParameter,
+    LoadOutOfMemory,
+    UnsupportedParameter,
+)
 from modules.samplers import token_logprob
 from modules.schema import Done, Event, GenerationRequest, PrefillProgress, Timings, TokenEvent, TokenLogprob, Usage
 
@@ -218,6 +225,34 @@ class LlamaRunner:
                 top = row.max()
                 scores.append(float(row[ids[start + index + 1]] - top - np.log(np.exp(row - top).sum())))
         return scores
+
+    def embed(self, token_ids: Sequence[int]) -> list[float]:
+        """The mean of the last hidden states, scaled to length 1."""
+        import numpy as np
+
+        if not 0 < len(token_ids) <= self.info.context_length:
+            raise ContextLengthExceeded(
+                f"{len(token_ids)} tokens do not fit into the context of {self.info.context_length}.", hint=_SHORTER
+            )
+        model, lib = self._model, self._lib
+        width = model.n_embd
+        total = np.zeros(width)
+        self._forget()
+        lib.llama_set_embeddings(model.ctx, True)
+        try:
+            for start in range(0, len(token_ids), model.n_batch):
+                chunk = list(token_ids[start : start + model.n_batch])
+                self._decode_with_all_logits(chunk)
+                for index in range(len(chunk)):
+                    state = lib.llama_get_embeddings_ith(model.ctx, index)
+                    if not state:
+                        raise UnsupportedParameter("This model gives no hidden states.", hint="Use the Transformers backend.")
+                    total += np.ctypeslib.as_array(state, (width,))
+        finally:
+            lib.llama_set_embeddings(model.ctx, False)
+            self._forget()
+        length = float(np.linalg.norm(total))
+        return list((total / length if length else total).tolist())
 
     def _decode_with_all_logits(self, ids: Sequence[int]) -> None:
         import ctypes

@@ -68,6 +68,7 @@ class LlamaModel:
         self._model = self._open(options, progress)
         self.vocab = lib.llama_model_get_vocab(self._model)
         self.n_vocab = int(lib.llama_vocab_n_tokens(self.vocab))
+        self.n_embd = int(lib.llama_model_n_embd(self._model))
         self._buffers: dict[bool, dict[int, bytes]] = {False: {}, True: {}}
         if lib.llama_model_has_encoder(self._model):
             raise IncompatibleModel("This is an encoder-decoder model.", hint="Use a decoder-only model.")

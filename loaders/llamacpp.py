@@ -132,7 +132,7 @@ SPEC = LoaderSpec(
             advanced=True,
         ),
     ),
-    features=frozenset({"logprobs", "echo", "grammar", "json_schema", "regex", "lora", "score"}),
+    features=frozenset({"logprobs", "echo", "grammar", "json_schema", "regex", "lora", "score", "embeddings"}),
     overlay="llamacpp",
     probe=("xllamacpp", "numpy"),
     devices=("cpu", "cuda", "rocm", "metal", "vulkan"),
@@ -262,6 +262,11 @@ class LlamaCppEngine(Engine):
 
     def score(self, token_ids: Sequence[int]) -> list[float]:
         return self.runner.score(token_ids)
+
+    def embed(self, token_ids: Sequence[int]) -> list[float]:
+        if self._by_server:
+            raise UnsupportedParameter(f"This build of {SPEC.title} makes no embeddings.")
+        return cast("LlamaRunner", self.runner).embed(token_ids)
 
     def close(self) -> None:
         if self._model is not None:

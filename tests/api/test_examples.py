@@ -15,7 +15,13 @@ if TYPE_CHECKING:
     from tests.api.conftest import Server
 
 CLIENTS = Path(__file__).resolve().parent.parent.parent / "docs" / "clients"
-PROGRAMS = {"openai.md": "openai", "anthropic.md": "anthropic", "ollama.md": "ollama", "langchain.md": "langchain_openai"}
+PROGRAMS = {
+    "openai.md": "openai",
+    "anthropic.md": "anthropic",
+    "ollama.md": "ollama",
+    "langchain.md": "langchain_openai",
+    "litellm.md": "litellm",
+}
 
 
 @pytest.mark.parametrize("path", EXAMPLES)

@@ -289,7 +289,7 @@ def test_hf_and_gguf_give_the_same_greedy_text(bench: Bench, shared: Path) -> No
 
 
 def test_embeddings(bench: Bench) -> None:
-    only(bench, "transformers")
+    needs(bench, "embeddings")
 
     def embed(text: str) -> list[float]:
         return list(bench.run(bench.client.embed(bench.run(bench.client.encode(text, add_special=True)))))
