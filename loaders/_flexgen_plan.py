@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -132,15 +132,36 @@ def cache_elements(shape: OptShape, plan: Plan) -> int:
 
 
 def weight_bytes(shape: OptShape, plan: Plan) -> dict[str, int]:
-    """Bytes of weights that the percentages promise on gpu, cpu and disk, about: FlexGen moves whole tensors.
+    """Bytes of weights on gpu, cpu and disk: what the percentages come to, since FlexGen places whole tensors, layer by layer.
 
     The embedding counts twice, once for each end of the model. Without CUDA the GPU's share is float32 in main memory."""
-    tensors = shape.tensors()
-    count = sum(map(elements, tensors.values())) + elements(tensors["decoder.embed_tokens.weight"])
     kept = 4.0 if plan.dtype == "float32" else 0.5625 if plan.compress_weight else 2.0  # 4 bits; a scale and a minimum to 64
     ready = kept if plan.cuda or plan.compress_weight else 4.0
-    gpu, cpu, disk = (percent / 100 for percent in plan.weights)
-    return {"gpu": int(count * ready * gpu), "cpu": int(count * kept * cpu), "disk": int(count * kept * disk)}
+    counts = {"gpu": 0, "cpu": 0, "disk": 0}
+    for sizes in _layers(shape):
+        before = 0
+        for size in sizes:
+            counts[_home(plan.weights, 100 * (before + size / 2) / sum(sizes))] += size
+            before += size
+    return {home: int(count * (ready if home == "gpu" else kept)) for home, count in counts.items()}
+
+
+def _layers(shape: OptShape) -> Iterator[list[int]]:
+    """The tensors' sizes of each of FlexGen's layers, in its order: it cuts a decoder block in two."""
+    tensors = {name: elements(sides) for name, sides in shape.tensors().items()}
+    embedding, positions = (tensors.pop(f"decoder.embed_{name}.weight") for name in ("tokens", "positions"))
+    yield [embedding, positions]
+    for number in range(shape.layers):
+        block = {name: size for name, size in tensors.items() if name.startswith(f"decoder.layers.{number}.")}
+        yield [size for name, size in block.items() if ".self_attn" in name]
+        yield [size for name, size in block.items() if ".self_attn" not in name]
+    yield [tensors["decoder.layer_norm.weight"], tensors["decoder.layer_norm.bias"], embedding]
+
+
+def _home(percents: tuple[float, float, float], middle: float) -> str:
+    """Where FlexGen puts the tensor whose middle lies at `middle` percent of its layer: the disk's share comes first."""
+    _, cpu, disk = percents
+    return "disk" if middle < disk else "cpu" if middle < disk + cpu else "gpu"
 
 
 def main_memory_bytes(shape: OptShape, plan: Plan, rows: int, prompt: int, tokens: int) -> int:

@@ -3,13 +3,10 @@ for each packed layer. The packed layers are those that the file holds."""
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
-import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +20,7 @@ from loaders._gptq_choose import Chooser as Chooser  # the AutoGPTQ loader takes
 from loaders._gptq_linear import GptqLinear, int4_works, product_dtype
 from loaders._gptq_tensors import unpack
 from loaders._hf_text import TextCodec
+from loaders._process import memory_given_back
 from modules.detect.draft import folder_files, read_json
 from modules.detect.sniff import no_model, sniff
 from modules.detect.weights import find_weights, read_safetensors
@@ -36,7 +34,6 @@ if TYPE_CHECKING:
     from modules.engine import Progress
 
 _PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
-_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 _QUANT_FILES = ("quantize_config.json", "quant_config.json")
 
 
@@ -80,7 +77,7 @@ def load(path: str, options: dict[str, Any], progress: Progress) -> _hf_load.Loa
         config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         model = skeleton(config)
         device = torch.device("cuda" if torch.cuda.is_available() and not options["cpu"] else "cpu")
-        with _memory_given_back():
+        with memory_given_back():
             layouts, choose, used = fill(model, checkpoint, device, options["kernel"], progress)
         model.generation_config = _generation_config(checkpoint.folder, model)
     except AppError:
@@ -91,22 +88,6 @@ def load(path: str, options: dict[str, Any], progress: Progress) -> _hf_load.Loa
     eos_ids = _hf_load.end_token_ids(model.generation_config.eos_token_id, tokenizer)
     info = _describe(path, options, model, tokenizer, config, eos_ids, checkpoint.settings, layouts, used, choose)
     return _hf_load.Loaded(model, TextCodec(tokenizer), info, device, eos_ids)
-
-
-@contextlib.contextmanager
-def _memory_given_back() -> Iterator[None]:
-    """While layers are unpacked glibc shall return every large block at once: kept ones would lie between those that stay, and a
-    model of 0.6 GB would hold 1.9."""
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if not hasattr(libc, "malloc_trim"):
-        yield
-        return
-    libc.mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-    try:
-        yield
-    finally:
-        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-        libc.malloc_trim(0)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -131,8 +131,6 @@ def _set_switches(version: str, *, kernel: bool) -> None:
     os.environ["RWKV_JIT_ON"] = "0"
     os.environ["RWKV_CUDA_ON"] = "1" if kernel else "0"
     os.environ["RWKV_V7_ON"] = "1" if version == "7" else "0"
-    if "torch" not in sys.modules:
-        os.environ["PYTORCH_JIT"] = "0"  # version 7 compiles its functions whatever RWKV_JIT_ON says
     sys.modules.pop("rwkv.model", None)  # of an earlier load: what it decided at import may be wrong for this model
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from loaders._flexgen_package import check_package
 from loaders._flexgen_plan import Plan, cache_elements, elements, plan_of, weight_bytes
 from loaders._logits import NEED_THE_MODEL, THREADS, LogitsEngine, ctx_size
+from loaders._process import give_back_at_once
 from modules import sampling as table
 from modules.errors import CorruptModel, LoadError, LoadOutOfMemory, StorageFull
 from modules.schema import LoaderSpec, LoadProgress, ModelFiles, ModelInfo, OptionSpec, Quantization
@@ -146,6 +147,8 @@ class FlexGenEngine(LogitsEngine):
 
         self._offload = _offload_folder(options["offload_dir"])
         _check_disk(shape, plan, self._offload)
+        if plan.weights[0] < 100:  # a layer's weights are expanded when its turn comes
+            give_back_at_once()
         largest = max(map(elements, shape.tensors().values()))
         errors = device.adapt(weights, max(largest, cache_elements(shape, plan)), cuda, on_tensor)
         try:

@@ -23,10 +23,12 @@ import transformers
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from loaders._flexgen_plan import weight_bytes  # noqa: E402
 from loaders.flexgen import SPEC, FlexGenEngine  # noqa: E402
 from modules.convert.children.hf_to_flexgen import convert  # noqa: E402
 from modules.engine import CancelToken  # noqa: E402
 from modules.errors import AppError  # noqa: E402
+from modules.opt_weights import open_weights  # noqa: E402
 from modules.schema import Done, GenerationRequest, StopParams, TokenEvent  # noqa: E402
 
 TEXTS = ("Once upon a time", "A", "The little dog ran to the big red house and", "Hello! How")
@@ -67,6 +69,7 @@ def main() -> None:
     experiments: dict[str, Callable[[], Any]] = {
         "reference": lambda: greedy_reference(model),
         "placements": lambda: {name: greedy(model, **options) for name, options in PLACEMENTS.items()},
+        "homes": lambda: [homes(opt, w_percent=percents) for percents in ("0,40,60", "30,30,40", "0,0,100")],
         "galactica": lambda: {"reference": scores_reference(galactica), "ours": scores(galactica)},
         "4 bit": lambda: compressed(model),
         "grown": lambda: grown(opt),
@@ -102,6 +105,15 @@ def tiny(folder: Path, **changes: Any) -> Path:
     marks = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     transformers.PreTrainedTokenizerFast(tokenizer_object=core, **marks).save_pretrained(folder)
     return folder
+
+
+def homes(folder: Path, **options: Any) -> tuple[dict[str, int], dict[str, int]]:
+    """Where the weights are, and where the plan says they will be."""
+    running = engine(folder, **options)
+    model: Any = running._model
+    found = model.bytes_by_home(), weight_bytes(open_weights(folder).shape, model.plan)
+    running.close()
+    return found
 
 
 # --- ours ------------------------------------------------------------------------------------------------------

@@ -79,7 +79,8 @@ def test_what_does_not_work_is_told(options: dict[str, Any], param: str, words: 
 def test_what_the_percentages_promise() -> None:
     shape = opt_shape(OPT)
     elements = sum(int(np.prod(s)) for s in shape.tensors().values()) + 40 * 8
-    assert weight_bytes(shape, plan(w_percent="0,50,50")) == {"gpu": 0, "cpu": elements, "disk": elements}
+    half = weight_bytes(shape, plan(w_percent="0,50,50"))
+    assert (half["gpu"], half["cpu"] + half["disk"]) == (0, 2 * elements) and 0.4 < half["cpu"] / (2 * elements) < 0.6
     assert weight_bytes(shape, plan()) == {"gpu": 4 * elements, "cpu": 0, "disk": 0}
     assert weight_bytes(shape, plan(cuda=True))["gpu"] == 2 * elements
     on_disk, in_memory = plan(w_percent="0,0,100"), plan(w_percent="0,100,0")
@@ -281,6 +282,11 @@ PLACEMENTS = (
 def test_greedy_tokens_are_transformers_own(lab: Any, placement: str) -> None:
     assert lab["placements"][placement] == lab["reference"]
     assert set(lab["placements"]) == set(PLACEMENTS)
+
+
+def test_the_weights_are_where_the_plan_says(lab: Any) -> None:
+    for found, promised in lab["homes"]:
+        assert found == promised
 
 
 def test_galacticas_activation_and_missing_biases(lab: Any) -> None:
