@@ -26,6 +26,27 @@ HEADLINES = (
     ("api_throughput-llamacpp-1.1b", "through the API ÷ llama.cpp's own loop, 1.1B Q4_0", "{ratio_median:.2f}"),
     ("api_throughput-llamacpp-260k", "the same, 260K model", "{ratio_median:.2f} at {api_decode_tok_s:,.0f} tok/s"),
     ("api_throughput-transformers-1.1b", "through the API ÷ a plain Transformers loop, 1.1B", "{ratio_median:.2f}"),
+    (
+        "api_overhead",
+        "the API above the raw engine, 1 and 16 streams",
+        "first token +{1 streams[ttft_added_p50_ms]:.1f} and +{16 streams[ttft_added_p50_ms]:.1f} ms; "
+        "200 streams: p99 {crowd[late_p99_ms]:.1f} ms late, {crowd[errors]} errors",
+    ),
+    (
+        "structured",
+        "held to a JSON schema ÷ free text, tokens/s",
+        "Transformers {wren-6m on transformers[ratio]:.2f}, GPTQ {wren-6m-gptq-4bit-128g on gptq_for_llama[ratio]:.2f}",
+    ),
+    (
+        "rwkv",
+        "RWKV through the API ÷ the package's own loop; a second turn's first token ÷ a cold one's",
+        "{decode_ratio_median:.2f}; {second_turn_ratio_median:.2f}",
+    ),
+    (
+        "flexgen",
+        "FlexGen: 32 prompts as a batch ÷ one by one; all weights on disk: peak ÷ promise",
+        "{throughput[ratio_median]:.1f}; {memory[0][ratio]:.2f}",
+    ),
     ("load_cycles", "100 loads and unloads of two models", "memory {slope_kib_per_cycle:+.0f} KiB a cycle"),
 )
 PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
