@@ -148,6 +148,15 @@ def pip_env() -> dict[str, str]:
     return kept
 
 
+_WHOLE_PIP = """
+import sys
+from importlib.metadata import distribution
+import pip
+files = [f for f in distribution("pip").files or () if f.suffix != ".pyc"]
+sys.exit(sys.prefix == sys.base_prefix or not files or not all(f.locate().exists() for f in files))
+"""
+
+
 # --- environments ----------------------------------------------------------------------------------------------
 
 
@@ -270,9 +279,8 @@ class Installer:
         return env_python(self.overlays.env_dir("parent")) if complete else Path(sys.executable)
 
     def _runs_pip(self, python: Path) -> bool:
-        status, _ = self.runner.run(
-            [python, "-c", "import pip, sys; sys.exit(sys.prefix == sys.base_prefix)"], _ignore, pip_env()
-        )
+        """A venv of its own, with all of pip: one that was killed while it was made has a part."""
+        status, _ = self.runner.run([python, "-c", _WHOLE_PIP], _ignore, pip_env())
         return status == 0
 
     def _join_layer(self, spec: EnvSpec, site: Path) -> None:

@@ -182,12 +182,16 @@ def test_a_truncated_file_and_a_missing_record_count_as_broken(tmp_path: Path) -
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("damage", ["no interpreter", "no pip"])
+@pytest.mark.parametrize("damage", ["no interpreter", "no pip", "half of pip"])
 def test_a_half_made_environment_is_made_again(project: Path, damage: str) -> None:
     env = open_set(project) / "parent"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(env)], check=True)
+    subprocess.run([sys.executable, "-m", "venv", *(["--without-pip"] if "half" not in damage else []), str(env)], check=True)
     if damage == "no interpreter":
         env_python(env).unlink()
+    if damage == "half of pip":
+        site = site_packages(env)
+        assert site is not None
+        shutil.rmtree(site / "pip" / "_internal" / "resolution")
     setup = installer(project)
     setup.ensure("parent")
     assert importable(setup.overlays, "parent", "import alpha; print(alpha.VERSION)") == "1.0"
