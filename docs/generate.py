@@ -47,6 +47,11 @@ HEADLINES = (
         "FlexGen: 32 prompts as a batch ÷ one by one; all weights on disk: peak ÷ promise",
         "{throughput[ratio_median]:.1f}; {memory[0][ratio]:.2f}",
     ),
+    (
+        "perplexity_agreement",
+        "WikiText-2 perplexity of the same weights through every backend",
+        "at most {largest_spread:.4%} apart",
+    ),
     ("load_cycles", "100 loads and unloads of two models", "memory {slope_kib_per_cycle:+.0f} KiB a cycle"),
 )
 PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
