@@ -182,13 +182,11 @@ def _check_smoke(row: Row, spec: LoaderSpec, overlays: Overlays, config: Config)
 def smoke_model(spec: LoaderSpec, config: Config) -> ModelFiles | None:
     """What to try a loader on: a bundled model, else the smallest one it takes."""
     from modules.library import LocalLibrary
+    from modules.registry import takes
 
-    takes = [
-        model
-        for model in LocalLibrary(config.model_dirs, [spec]).list()
-        if model.format in spec.formats and not model.problem and model.size_bytes < SMALL_MODEL_BYTES
-    ]
-    return min(takes, key=lambda model: (not model.bundled, model.size_bytes), default=None)
+    listed = LocalLibrary(config.model_dirs, [spec]).list()
+    small = [model for model in listed if takes(model, spec) and model.size_bytes < SMALL_MODEL_BYTES]
+    return min(small, key=lambda model: (not model.bundled, model.size_bytes), default=None)
 
 
 async def _smoke(row: Row, spec: LoaderSpec, overlays: Overlays, config: Config, model: ModelFiles) -> str | None:

@@ -91,6 +91,11 @@ def select(files: ModelFiles, specs: Iterable[LoaderSpec], environment: Environm
     return best.spec
 
 
+def takes(files: ModelFiles, spec: LoaderSpec) -> bool:
+    """Whether the loader can read this model, wherever it may run."""
+    return files.format in spec.formats and not files.problem and _refusal(files, spec) is None
+
+
 def _refusal(files: ModelFiles, spec: LoaderSpec) -> str | None:
     """Why a loader that takes the format does not take this model: its module's `refusal(files)`, where it has one."""
     module = sys.modules.get(spec.engine.partition(":")[0])
@@ -117,8 +122,8 @@ FORMAT_NAMES = {
 
 def _judge(files: ModelFiles, spec: LoaderSpec, environment: Environment) -> Choice:
     if files.format not in spec.formats:
-        takes = " or ".join(FORMAT_NAMES[f] for f in sorted(spec.formats, key=lambda f: -spec.formats[f]))
-        return Choice(spec, False, f"needs {takes}; this is {FORMAT_NAMES[files.format]}.")
+        wanted = " or ".join(FORMAT_NAMES[f] for f in sorted(spec.formats, key=lambda f: -spec.formats[f]))
+        return Choice(spec, False, f"needs {wanted}; this is {FORMAT_NAMES[files.format]}.")
     if files.problem:
         return Choice(spec, False, files.problem)
     refused = _refusal(files, spec)

@@ -130,6 +130,12 @@ def test_the_smallest_bundled_model_is_tried() -> None:
     assert model.id == "echo"
 
 
+@pytest.mark.parametrize(("loader", "architecture"), [("flexgen", "OPTForCausalLM"), ("transformers", "LlamaForCausalLM")])
+def test_a_loader_is_tried_on_a_model_that_it_takes(loader: str, architecture: str) -> None:
+    model = smoke_model(discover()[loader], Config())
+    assert model is not None and model.bundled and model.architecture == architecture
+
+
 def report(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, overlays: Overlays, *names: str
 ) -> tuple[int, str]:
