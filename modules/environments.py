@@ -9,7 +9,9 @@ Standard library only: one_click.py uses this before anything is installed.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import errno
 import hashlib
 import os
 import re
@@ -17,6 +19,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -148,6 +151,28 @@ def pip_env() -> dict[str, str]:
     return kept
 
 
+def _end_processes_of(env_dir: Path) -> None:
+    """End what still writes into a half-made environment: venv's own children outlive a set-up that was killed. (Linux; where
+    there is no /proc, `_remove` waits for them.)"""
+    prefix = os.fsencode(env_dir) + b"/"
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if entry.read_bytes().startswith(prefix):
+                os.kill(int(entry.parent.name), getattr(signal, "SIGKILL", signal.SIGTERM))
+
+
+def _remove(folder: Path, wait_s: float = 20.0) -> None:
+    """Remove a folder in which a process may still be making files. Raises OSError."""
+    deadline = time.monotonic() + wait_s
+    while folder.exists():
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.ENOENT, errno.EACCES) or time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
 _WHOLE_PIP = """
 import sys
 from importlib.metadata import distribution
@@ -267,7 +292,8 @@ class Installer:
         if python.exists() and self._runs_pip(python):
             return
         if env_dir.exists():
-            shutil.rmtree(env_dir)
+            _end_processes_of(env_dir)
+            _remove(env_dir)
         self.say(spec.title, 0.0, "making a virtual environment")
         status, lines = self.runner.run([self._base_python(), "-m", "venv", env_dir], _ignore, pip_env())
         if status != 0:
