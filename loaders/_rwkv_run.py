@@ -10,7 +10,7 @@ from loaders._rwkv_states import StateCache
 from loaders._rwkv_text import ByteCodec
 from modules.assemble import TokenAssembler
 from modules.detokenize import ByteDetokenizer
-from modules.errors import ContextLengthExceeded, UnsupportedParameter
+from modules.errors import ContextLengthExceeded
 
 if TYPE_CHECKING:
     from loaders._hf_load import Loaded
@@ -87,6 +87,3 @@ class RwkvRunner(HfRunner):
 
     def _score_beside(self, ids: list[int]) -> list[float]:
         return self.score(ids)
-
-    def embed(self, token_ids: Sequence[int]) -> list[float]:
-        raise UnsupportedParameter("RWKV makes no embeddings.")

@@ -128,7 +128,7 @@ class TransformersEngine(LogitsEngine):
     def generate(self, request: GenerationRequest, cancel: CancelToken) -> Iterator[Event | None]:
         native = self.to_native(request.sampling)
         if "sampler" in native:
-            yield from super().generate(request, cancel)
+            yield from self.runner.generate(request, cancel, native["sampler"], native["ignored"])
             return
         if request.grammar is not None or request.json_schema is not None or request.regex is not None:
             raise UnsupportedParameter("Beam search can't be held to a form.", hint="Leave num_beams out.", param="num_beams")
