@@ -314,8 +314,10 @@ def _fault(directive: Directive, index: int) -> None:
         raise GenerationFailed("The echo failed, as asked.", hint="Try again.")
     if index == directive.raise_at:
         raise ValueError("an unexpected exception, as asked")
-    while index == directive.hang_at:
-        time.sleep(1)
+    if index == directive.hang_at:
+        print("echo: about to hang, as asked", file=sys.stderr, flush=True)
+        while True:
+            time.sleep(1)
     if index == directive.freeze_at and hasattr(signal, "SIGSTOP"):
         os.kill(os.getpid(), signal.SIGSTOP)
     if index == directive.garbage_at:

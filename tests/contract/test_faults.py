@@ -109,8 +109,18 @@ def test_silence_or_deafness_is_death(echo: Bench, directive: str, monkeypatch: 
     echo.load()
     monkeypatch.setattr(engine_client, "SILENCE_S", 1.0)  # a load on a busy machine may take longer to answer
     pid = echo.client.pid
+
+    async def generate() -> None:
+        request = echo.request(f"[[echo {directive} tokens=9]]")
+        answer = asyncio.ensure_future(echo.collect(request))
+        if "hang" in directive:  # an abort that came before the hang would be obeyed
+            while not any("about to hang" in line for line in echo.log):
+                await asyncio.sleep(0.01)
+            await echo.client.abort(request.request_id)
+        await answer
+
     with pytest.raises(EngineDead, match=r"did not (answer|stop)"):
-        echo.generate(f"[[echo {directive} tokens=9]]", abort_after=2 if "hang" in directive else None)
+        echo.run(generate())
     assert pid is not None
     for _ in range(200):
         if not psutil.pid_exists(pid):
