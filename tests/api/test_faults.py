@@ -330,7 +330,7 @@ def test_c9_an_orderly_end_while_streaming(launch: Launch, number: signal.Signal
     assert server.process.wait(30) == 0
     reader.join(10)
     assert items and workers
-    _, alive = psutil.wait_procs(helpers, timeout=5)
+    _, alive = psutil.wait_procs(helpers, timeout=30)
     assert alive == []
     assert "Traceback" not in server.rest()
 
@@ -349,7 +349,7 @@ def test_c9_the_second_signal_ends_at_once(launch: Launch) -> None:
         server.process.send_signal(signal.SIGINT)
     server.process.wait(30)
     reader.join(10)
-    _, alive = psutil.wait_procs(workers, timeout=5)
+    _, alive = psutil.wait_procs(workers, timeout=30)
     assert alive == []
 
 
@@ -366,7 +366,7 @@ def test_c9_an_end_while_a_model_loads(launch: Launch) -> None:
     server.process.send_signal(signal.SIGTERM)
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(30) == 0
-    _, alive = psutil.wait_procs(workers, timeout=5)
+    _, alive = psutil.wait_procs(workers, timeout=30)
     assert alive == []
 
 
@@ -377,5 +377,5 @@ def test_c8_workers_end_with_a_killed_parent(launch: Launch) -> None:
     assert children
     os.kill(server.process.pid, signal.SIGKILL)
     server.process.wait(5)
-    _, alive = psutil.wait_procs(children, timeout=5)
+    _, alive = psutil.wait_procs(children, timeout=30)
     assert alive == []

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FLAGS = (
@@ -223,6 +223,7 @@ def visit(browser: Browser, server: Server, request: pytest.FixtureRequest) -> I
     options = {"viewport": {"width": 1280, "height": 800}, "color_scheme": "light", **getattr(request, "param", {})}
     context = browser.new_context(**options)
     context.set_default_timeout(15_000)
+    expect.set_options(timeout=15_000)
     opened = Visit(context, server)
     yield opened
     context.close()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from modules.engine_client import EngineClient, OnProgress
@@ -120,7 +121,22 @@ class FakeHost:
         return [c.path.rpartition("/")[2] for c in self.clients if not c.closed]
 
 
+async def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen"
+        await asyncio.sleep(0.01)
+
+
 async def settle() -> None:
-    """Let every ready callback run, threads of to_thread included."""
-    for _ in range(20):
+    """Let every ready callback run, threads of to_thread included, however slow the machine is."""
+    deadline = time.monotonic() + 5
+    quiet = 0
+    while quiet < 20:
         await asyncio.sleep(0.001)
+        quiet = quiet + 1 if _threads_idle() or time.monotonic() > deadline else 0
+
+
+def _threads_idle() -> bool:
+    executor: Any = getattr(asyncio.get_running_loop(), "_default_executor", None)
+    return executor is None or executor._idle_semaphore._value >= len(executor._threads)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,7 +19,7 @@ from modules.generation import Runs
 from modules.model_manager import ModelManager
 from modules.settings import Settings
 
-from .fake_engine import SPEC, Environment, FakeHost, FakeLibrary, settle
+from .fake_engine import SPEC, Environment, FakeHost, FakeLibrary, settle, until
 
 if TYPE_CHECKING:
     from modules.residents import Resident
@@ -117,14 +117,6 @@ async def rig(tmp_path: Path) -> AsyncIterator[Rig]:
     await renderer.close()
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    for _ in range(400):
-        if condition():
-            return
-        await asyncio.sleep(0.01)
-    raise AssertionError("it did not happen")
-
-
 async def test_send_saves_streams_and_finishes(rig: Rig) -> None:
     chat = await rig.chat.create("", "Be brief.")
     rig.host.gate.clear()
@@ -158,9 +150,11 @@ async def test_a_look_in_between_shows_the_text_so_far(rig: Rig) -> None:
     await settle()
     seen = (await rig.chat.snapshot(chat["id"]))["messages"][-1]
     assert seen["text"] == run.text and seen["offset"] == run.length and seen["status"] == "generating"
-    await asyncio.sleep(0.2)
     stored = (await rig.store.snapshot(chat["id"])).messages[-1]
-    assert stored.text == run.text and stored.status == "generating", "the checkpoint"
+    while stored.text != run.text:  # the checkpoint
+        await asyncio.sleep(0.01)
+        stored = (await rig.store.snapshot(chat["id"])).messages[-1]
+    assert stored.status == "generating"
     assert (await rig.chat.export(chat["id"])).nodes[-1].text == run.text
 
 

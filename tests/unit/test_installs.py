@@ -239,5 +239,5 @@ async def test_a_real_job_ends_with_its_server(project: Path) -> None:
     children = psutil.Process(process.pid).children(recursive=True)
     process.stdin.close()
     await asyncio.wait_for(process.wait(), 10)
-    _, alive = psutil.wait_procs(children, timeout=5)
+    _, alive = psutil.wait_procs(children, timeout=30)
     assert not alive

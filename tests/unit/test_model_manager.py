@@ -14,7 +14,7 @@ from modules.events import EventBus
 from modules.model_manager import ModelManager
 from modules.schema import GenerationRequest
 
-from .fake_engine import SPEC, Environment, FakeHost, FakeLibrary, settle
+from .fake_engine import SPEC, Environment, FakeHost, FakeLibrary, settle, until
 
 
 class Rig:
@@ -325,9 +325,11 @@ async def test_a_model_keeps_its_usual_backend(rig: Rig) -> None:
 async def test_a_crashed_worker_is_restarted_unasked(rig: Rig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("modules.model_manager.RESTART_DELAY_S", 0.01)
     await rig.manager.load("a")
-    for _ in range(5):
+    for loads in range(1, 5):
+        await until(lambda: rig.manager.state() == "ready")
+        assert len(rig.host.clients) == loads
         rig.host.clients[-1].die()
-        await asyncio.sleep(0.1)
+    await asyncio.sleep(0.1)
     assert len(rig.host.clients) == 4, "one load and three restarts"
     assert rig.manager.state() == "failed"
 
