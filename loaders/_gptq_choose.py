@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from loaders._estimate import SMALL_BYTES
 from loaders._gptq_build import Kernel, kernel
 from loaders._gptq_linear import DenseLinear, GptqLinear, Int4Linear, UnpackLinear, why_not_int4
 from loaders._gptq_tensors import Unpacked, unpack
@@ -24,8 +25,6 @@ from modules.quantize.layout import LayerLayout
 if TYPE_CHECKING:
     from typing import Literal
 
-# The exact way is fast enough for a model this small (bytes as float32), and greedy text is then the reference's own.
-_SMALL_BYTES = 256 << 20
 _COMPILED = ("int8", "exact")
 
 
@@ -46,7 +45,7 @@ class Chooser:
         self.reasons: Counter[str] = Counter()
         self.wanted = wanted
         if device.type == "cpu" and wanted in ("auto", *_COMPILED):
-            small = 4 * sum(layout.in_features * layout.out_features for layout in layouts.values()) <= _SMALL_BYTES
+            small = 4 * sum(layout.in_features * layout.out_features for layout in layouts.values()) <= SMALL_BYTES
             self.wanted = self._on_cpu(small, kernel(say))
 
     def _on_cpu(self, small: bool, built: Kernel) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
@@ -11,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loaders._estimate import FLOAT32_SHARE
 from loaders._hf_text import TextCodec
 from modules.detect.config_keys import CONFIG_FILES, refuse_code
 from modules.errors import (
@@ -197,19 +197,11 @@ def _dtype(name: str, on_gpu: bool, folder: Path, config: Any, torch: Any) -> An
         return getattr(torch, name)
     if on_gpu:
         return "auto"
+    from modules.memory import available_bytes  # psutil, which the other environments that read this module lack
+
     stored = getattr(config, "dtype", None) or torch.float32
     as_float32 = sum(f.stat().st_size for f in folder.glob("*.safetensors")) * 4 // max(stored.itemsize, 1)
-    return torch.float32 if as_float32 < 0.6 * _available_memory() else torch.bfloat16
-
-
-def _available_memory() -> int:
-    """Bytes of main memory that can be had now; a large number where the system does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as lines:
-            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 1 << 34
-        return pages
+    return torch.float32 if as_float32 < FLOAT32_SHARE * available_bytes() else torch.bfloat16
 
 
 def _bitsandbytes(options: dict[str, Any], on_gpu: bool, torch: Any) -> Any:

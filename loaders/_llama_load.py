@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loaders._llama_capi import AbortCallback, LlamaLibrary, LogCallback, ProgressCallback, Token
+from loaders._llama_memory import MOST_CONTEXT_BY_DEFAULT
 from modules.detect.ggml_types import FILE_TYPES
 from modules.errors import CorruptModel, IncompatibleModel, InvalidParameter, LoadError, LoadOutOfMemory
 from modules.samplers import SequenceBreakers
@@ -26,7 +27,6 @@ ROPE_SCALING = {"auto": -1, "none": 0, "linear": 1, "yarn": 2, "longrope": 3}
 FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
 NARROW_HEAD = 32
 NUMA = {"off": 0, "distribute": 1, "isolate": 2, "numactl": 3}
-_MOST_CONTEXT_BY_DEFAULT = 8192
 _WARNING = 3
 _CONTINUED = 5
 _SMALLER = "Choose a smaller context, a quantised cache (cache_type_k, cache_type_v), or a smaller quantisation of the model."
@@ -73,7 +73,7 @@ class LlamaModel:
         if lib.llama_model_has_encoder(self._model):
             raise IncompatibleModel("This is an encoder-decoder model.", hint="Use a decoder-only model.")
         trained = int(lib.llama_model_n_ctx_train(self._model))
-        self.context_length = options["ctx_size"] or min(trained, _MOST_CONTEXT_BY_DEFAULT)
+        self.context_length = options["ctx_size"] or min(trained, MOST_CONTEXT_BY_DEFAULT)
         self.n_batch = max(options["batch_size"], 1)
         progress(LoadProgress("Making the context"))
         self.ctx = self._new_context(options)

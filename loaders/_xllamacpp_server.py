@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loaders._llama_load import CACHE_TYPES, ROPE_SCALING, SPLIT_MODES, default_threads, load_mode, lora_scales, tensor_split
+from loaders._llama_memory import MOST_CONTEXT_BY_DEFAULT
 from loaders._llama_sampling import plan, seed_of
 from loaders._process import peak_memory
 from modules import sampling as table
@@ -58,7 +59,6 @@ from modules.schema import (
 if TYPE_CHECKING:
     from modules.engine import CancelToken, Progress
 
-_MOST_CONTEXT_BY_DEFAULT = 8192
 _NO_C_API = "This build of llama.cpp can't do it; compile llama-cpp-python for it."
 _DEVICES = 16
 # Our native sampler names -> the server's names in its "samplers" list and in the request.
@@ -126,7 +126,7 @@ class ServerModel:
         header = read_gguf_header(Path(path))
         architecture = header.text("general.architecture") or ""
         trained = header.integer(f"{architecture}.context_length") or 0
-        self.context_length = options["ctx_size"] or min(trained or _MOST_CONTEXT_BY_DEFAULT, _MOST_CONTEXT_BY_DEFAULT)
+        self.context_length = options["ctx_size"] or min(trained or MOST_CONTEXT_BY_DEFAULT, MOST_CONTEXT_BY_DEFAULT)
         self._key = secrets.token_urlsafe(32)
         self._folder = tempfile.mkdtemp(prefix="switchyard-")  # only this user can enter it
         self._socket = os.path.join(self._folder, "llama.sock") if hasattr(socket, "AF_UNIX") else None

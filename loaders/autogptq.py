@@ -13,10 +13,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from loaders import gptq_for_llama
 from loaders import transformers as hf
+from loaders.gptq_for_llama import settings as settings
 from modules.schema import LoaderSpec, ModelInfo, OptionSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from modules.engine import Progress
+    from modules.plan.types import Machine, Memory, Shape
 
 PACKAGES = ("auto-gptq", "gptqmodel")
 PACKAGE_KERNEL = "package"
@@ -52,6 +56,11 @@ SPEC = LoaderSpec(
         "Pickled checkpoints (.pt) are refused; get them as .safetensors.",
     ),
 )
+
+
+def estimate(shape: Shape, options: Mapping[str, Any], machine: Machine) -> Memory:
+    """See modules.plan.planner.Estimator. The layers are GPTQ-for-LLaMA's, in another environment."""
+    return gptq_for_llama.estimate(shape, options, machine)
 
 
 class AutoGptqEngine(hf.TransformersEngine):

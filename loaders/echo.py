@@ -12,7 +12,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -21,6 +21,7 @@ from modules.detokenize import ByteDetokenizer
 from modules.engine import CancelToken, Engine, Progress
 from modules.errors import ContextLengthExceeded, CorruptModel, GenerationFailed, InvalidParameter
 from modules.grammar import Constraint, Grammars, Vocabulary
+from modules.plan.types import MIB, Machine, Memory, Setting, Shape
 from modules.sampling import CLASSIC, split_supported
 from modules.schema import (
     Done,
@@ -62,6 +63,7 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 )
+_BASE = 45 * MIB
 WORDS = (
     "the of and model token stream memory cache layer weight river light paper stone garden window number simple quick brown"
 ).split()
@@ -70,6 +72,15 @@ FIRST_PIECE = 257
 MAX_PIECES = 1_000_000
 _PIECES = re.compile(rb" ?[!-~]{1,8}|[\x00-\x7f]|[\x80-\xff]")
 _DIRECTIVE = re.compile(r"\[\[echo([^\]]*)\]\]")
+
+
+def estimate(shape: Shape, options: Mapping[str, Any], machine: Machine) -> Memory:
+    """See modules.plan.planner.Estimator."""
+    return Memory(weights=int(options["megabytes"]) * MIB, base=_BASE)
+
+
+def settings(shape: Shape, machine: Machine) -> list[Setting]:
+    return [Setting({})]
 
 
 @dataclass

@@ -10,10 +10,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from loaders import transformers as hf
+from loaders._estimate import context_of
 from loaders._logits import BEAMS, LogitsEngine, ctx_size, prefill_chunk
+from modules.plan.types import MIB, Machine, Memory, Setting, Shape
 from modules.schema import LoaderSpec, ModelFiles, ModelInfo, OptionSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from modules.engine import Progress
 
 CACHE_TYPES = ("fp16", "q8", "q6", "q4")
@@ -100,6 +104,29 @@ def refusal(files: ModelFiles) -> str | None:
     if files.format == "gptq" and quantization and quantization.bits not in (None, 4):
         return f"takes GPTQ of 4 bits; this has {quantization.bits:g}. GPTQ-for-LLaMA takes 2, 3, 4 and 8."
     return None
+
+
+_CACHE_WIDTHS = {"fp16": 2.0, "q8": 1.0, "q6": 0.75, "q4": 0.5}
+_BASE, _GPU_BASE = 1500 * MIB, 600 * MIB  # CUDA's libraries in main memory; its context and the work buffers on each GPU
+
+
+def estimate(shape: Shape, options: Mapping[str, Any], machine: Machine) -> Memory:
+    """See modules.plan.planner.Estimator. Arithmetic only: no GPU was at hand to measure on."""
+    cache = int(shape.cache_elements(context_of(shape, options)) * _CACHE_WIDTHS[options["kv_cache"]])
+    compute = 2 * int(options["prefill_chunk"]) * (3 * (shape.ffn or 4 * shape.hidden) + 4 * shape.hidden) + 4 * shape.vocab
+    return Memory(
+        weights=0,
+        base=_BASE,
+        loading=4 * shape.largest,
+        vram=shape.file_bytes + cache + compute + _GPU_BASE * max(len(machine.gpus), 1),
+        grows=False,
+    )
+
+
+def settings(shape: Shape, machine: Machine) -> list[Setting]:
+    """The cache's number formats."""
+    losses = {"fp16": 0, "q8": 1, "q6": 2, "q4": 3}
+    return [Setting({"kv_cache": name}, f"{name} cache", loss=loss) for name, loss in losses.items()]
 
 
 class ExllamaEngine(LogitsEngine):

@@ -13,15 +13,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loaders._estimate import TORCH_BASE, context_of
 from loaders._flexgen_package import check_package
-from loaders._flexgen_plan import Plan, cache_elements, elements, plan_of, weight_bytes
+from loaders._flexgen_plan import Plan, cache_elements, elements, main_memory_bytes, plan_of, weight_bytes
 from loaders._logits import NEED_THE_MODEL, THREADS, LogitsEngine, ctx_size
 from loaders._process import give_back_at_once
 from modules import sampling as table
 from modules.errors import CorruptModel, LoadError, LoadOutOfMemory, StorageFull
+from modules.plan.types import Machine, Memory, Setting, Shape
 from modules.schema import LoaderSpec, LoadProgress, ModelFiles, ModelInfo, OptionSpec, Quantization
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from loaders._flexgen_model import FlexModel
     from modules.detect.opt import OptShape
     from modules.engine import Progress
@@ -106,6 +110,47 @@ def refusal(files: ModelFiles) -> str | None:
     except OSError:
         return None  # the load says it better
     return None
+
+
+EFFICIENCY = 0.5
+_BASE = TORCH_BASE - (110 << 20)  # only the tokenizer's part of transformers is imported
+
+
+def estimate(shape: Shape, options: Mapping[str, Any], machine: Machine) -> Memory:
+    """See modules.plan.planner.Estimator: what the plan promises, for one chat that fills the context. Raises CorruptModel or
+    IncompatibleModel where config.json is no OPT's."""
+    from modules.detect.opt import opt_shape
+
+    opt = opt_shape(dict(shape.config))
+    plan = plan_of(dict(options), bool(machine.gpus) and not options["cpu"])
+    homes = weight_bytes(opt, plan)
+    context = min(context_of(shape, options), opt.positions)
+    whole = main_memory_bytes(opt, plan, 1, max(context - 1, 1), 1)
+    kept = homes["cpu"] + (0 if plan.cuda else homes["gpu"])
+    fast = 1 - homes["disk"] / max(sum(homes.values()), 1)
+    return Memory(
+        weights=kept,
+        compute=max(whole - homes["cpu"] - homes["gpu"], 0),
+        base=_BASE,
+        disk=homes["disk"],
+        vram=homes["gpu"] if plan.cuda else 0,
+        read=4 * shape.parameters,
+        efficiency=EFFICIENCY * fast**4 if fast > 0.5 else None,  # the disk's speed is not measured
+    )
+
+
+def settings(shape: Shape, machine: Machine) -> list[Setting]:
+    """All ready to compute; half-width in memory; 4 bits; three fifths or all of it on disk."""
+    memory = {"cache_percent": "0,100,0", "act_percent": "0,100,0"} if machine.gpus else {}
+    return [
+        Setting({}, "weights ready to compute"),
+        Setting({"w_percent": "0,100,0", **memory}, "weights as float16"),
+        Setting(
+            {"w_percent": "0,100,0", "compress_weight": True, **memory}, "weights in 4 bits", loss=2, quantization="flexgen-4bit"
+        ),
+        Setting({"w_percent": "0,40,60", **memory}, "60 % of the weights on disk"),
+        Setting({"w_percent": "0,0,100", **memory}, "weights on disk"),
+    ]
 
 
 class FlexGenEngine(LogitsEngine):

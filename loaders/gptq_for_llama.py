@@ -10,10 +10,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from loaders import transformers as hf
+from loaders._estimate import SMALL_BYTES, TORCH_BASE, context_of, layer_cache, prefill_bytes
 from loaders._logits import THREADS, ctx_size, prefill_chunk
+from modules.plan.types import Machine, Memory, Setting, Shape
 from modules.schema import LoaderSpec, ModelInfo, OptionSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from modules.engine import Progress
 
 SPEC = LoaderSpec(
@@ -44,6 +48,45 @@ SPEC = LoaderSpec(
     devices=("cpu", "cuda"),
     notes=("Pickled checkpoints (.pt) are refused until `convert --allow-pickle` has written them as .safetensors.",),
 )
+
+EFFICIENCY = {"int8": 0.6, "exact": 0.4, "int4": 0.4, "dense": 0.7}
+
+
+def estimate(shape: Shape, options: Mapping[str, Any], machine: Machine) -> Memory:
+    """See modules.plan.planner.Estimator. The packed matrices stay packed but with the kernels that unpack them to float32."""
+    gpu = bool(machine.gpus) and not options["cpu"]
+    kernel = options["kernel"]
+    if kernel == "auto":
+        kernel = "triton" if gpu else "exact" if 4 * shape.packed <= SMALL_BYTES else "int8"
+    groups = shape.packed // max(shape.group_size, 1)
+    packed = shape.packed * 4 if kernel == "dense" else shape.packed_bytes + 2 * groups
+    if kernel == "unpack":
+        packed = shape.packed + 8 * groups
+    rounded = kernel == "int8"  # the output layer, too, which then has a scale for 32 inputs
+    output = shape.output or (shape.embedding if shape.tied and rounded else 0)
+    kept = 4 if shape.tied and not rounded else 2
+    ends = shape.embedding * kept + (output * 9 // 8 if rounded else output * 4)
+    plain = 4 * max(shape.matrices - shape.packed, 0)
+    weights = packed + ends + plain
+    context = context_of(shape, options)
+    cache = 4 * shape.cache_elements(context)
+    compute = prefill_bytes(shape, min(int(options["prefill_chunk"]), context), context) + layer_cache(shape, context, 4)
+    read = packed + plain + (output * 9 // 8 if rounded else 4 * (output or shape.embedding)) + cache // 2
+    return Memory(
+        weights=0 if gpu else weights,
+        cache=0 if gpu else cache,
+        compute=0 if gpu else compute,
+        base=TORCH_BASE,
+        loading=8 * shape.largest,
+        vram=weights + cache // 2 + compute if gpu else 0,
+        read=read,
+        efficiency=EFFICIENCY.get(kernel),
+    )
+
+
+def settings(shape: Shape, machine: Machine) -> list[Setting]:
+    """The kernel is the loader's choice; with a GPU that is too small, the CPU."""
+    return [Setting({}), Setting({"cpu": True}, "on the CPU")] if machine.gpus else [Setting({})]
 
 
 class GptqEngine(hf.TransformersEngine):

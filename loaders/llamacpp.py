@@ -14,6 +14,9 @@ from importlib import metadata
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, cast
 
+from loaders._llama_memory import MOST_CONTEXT_BY_DEFAULT
+from loaders._llama_memory import estimate as estimate
+from loaders._llama_memory import settings as settings
 from loaders._logits import NEED_THE_MODEL, ctx_size
 from modules import sampling as table
 from modules.engine import CancelToken, Engine, Progress
@@ -36,7 +39,7 @@ SPEC = LoaderSpec(
     formats={"gguf": 100},
     samplers=frozenset(table.PARAMETERS) - NEED_THE_MODEL,
     options=(
-        ctx_size("Context length in tokens; 0 is the model's own, at most 8192."),
+        ctx_size(f"Context length in tokens; 0 is the model's own, at most {MOST_CONTEXT_BY_DEFAULT}."),
         OptionSpec(
             "gpu_layers",
             "int",

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from loaders._estimate import TORCH_BASE, context_of
 from loaders._logits import NEED_THE_MODEL, THREADS, LogitsEngine, ctx_size, prefill_chunk
 from modules import sampling as table
+from modules.plan.types import Machine, Memory, Setting, Shape
 from modules.schema import LoaderSpec, ModelInfo, OptionSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from modules.engine import Progress
 
 SPEC = LoaderSpec(
@@ -85,6 +89,42 @@ SPEC = LoaderSpec(
     devices=("cpu", "cuda"),
     notes=("A .pth file is a pickle: turn it into .safetensors with `server.py convert FILE --to safetensors --allow-pickle`.",),
 )
+
+EFFICIENCY = 0.7
+_WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2, "i8": 1}
+
+
+def estimate(shape: Shape, options: Mapping[str, Any], machine: Machine) -> Memory:
+    """See modules.plan.planner.Estimator. Of a strategy with several parts the first counts."""
+    words = str(options["strategy"]).strip().split() or ["auto"]
+    gpu = words[0].startswith("cuda") or (words[0] == "auto" and bool(machine.gpus))
+    number = words[1] if len(words) > 1 else ("fp16" if gpu else "fp32")
+    width = _WIDTHS["i8" if number.endswith("i8") else number[:4] if number[:4] in _WIDTHS else "fp32"]
+    ends = shape.embedding + shape.output
+    weights = shape.matrices * width + ends * (_WIDTHS.get(number[:4], 4))
+    context = context_of(shape, options)
+    states = max(context // int(options["state_every"]) + 2, 2) * (shape.state + 4 * context)
+    cache = shape.state + min(states, int(options["state_cache_mb"]) * 1_000_000)
+    compute = 4 * (int(options["prefill_chunk"]) * (12 * shape.hidden) + 2 * shape.vocab)
+    return Memory(
+        weights=0 if gpu else weights,
+        cache=cache,
+        compute=compute,
+        base=TORCH_BASE,
+        loading=4 * shape.largest,
+        vram=weights if gpu else 0,
+        read=weights - shape.embedding * width,
+        efficiency=EFFICIENCY,
+    )
+
+
+def settings(shape: Shape, machine: Machine) -> list[Setting]:
+    """float32, bfloat16 and, before version 7, 8-bit weights."""
+    device = "cuda fp16" if machine.gpus else "cpu fp32"
+    found = [Setting({"strategy": device}, device), Setting({"strategy": "cpu bf16"}, "bfloat16")]
+    if shape.version != "7":
+        found.append(Setting({"strategy": f"{device}i8"}, "8 bits", loss=1, quantization="int8"))
+    return found
 
 
 class RwkvEngine(LogitsEngine):

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from loaders._estimate import FLOAT32_SHARE, TORCH_BASE, context_of, layer_cache, prefill_bytes
 from loaders._logits import BEAMS, THREADS, LogitsEngine, ctx_size, native_parameters, prefill_chunk
 from modules import sampling as table
 from modules.errors import UnsupportedParameter
+from modules.plan.types import DTYPE_BYTES, Machine, Memory, Setting, Shape
 from modules.schema import LoaderSpec, OptionSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
 
     from modules.engine import CancelToken, Progress
     from modules.schema import Event, GenerationRequest, ModelInfo
@@ -96,6 +98,53 @@ SPEC = LoaderSpec(
     devices=("cpu", "cuda", "mps"),
     notes=("Beam search gives its text in one piece at the end.",),
 )
+
+EFFICIENCY = 0.7
+
+
+def estimate(shape: Shape, options: Mapping[str, Any], machine: Machine) -> Memory:
+    """See modules.plan.planner.Estimator."""
+    gpu = bool(machine.gpus) and not options["cpu"]
+    dtype = options["dtype"]
+    if dtype == "auto":
+        dtype = "bfloat16" if gpu or 4 * shape.parameters >= FLOAT32_SHARE * machine.ram_available_bytes else "float32"
+    width = DTYPE_BYTES[dtype]
+    ends = (shape.embedding + shape.output) * width
+    if shape.quantization is not None:  # bitsandbytes, FP8 and others as they are stored
+        weights = sum(shape.stored.values())
+    elif options["load_in_4bit"]:
+        weights = ends + int(shape.matrices * (0.516 if options["use_double_quant"] else 0.5625))
+    elif options["load_in_8bit"]:
+        weights = ends + shape.matrices
+    else:
+        weights = ends + shape.matrices * width
+    context = context_of(shape, options)
+    cache = shape.cache_elements(context) * width + shape.state
+    compute = prefill_bytes(shape, min(int(options["prefill_chunk"]), context), context) + layer_cache(shape, context, width)
+    read = int((weights - (0 if shape.tied else shape.embedding * width)) * shape.active) + cache // 2
+    return Memory(
+        weights=0 if gpu else weights,
+        cache=0 if gpu else cache,
+        compute=0 if gpu else compute,
+        base=TORCH_BASE,
+        loading=4 * shape.largest,
+        vram=weights + cache + compute if gpu else 0,
+        read=read,
+        efficiency=EFFICIENCY,
+    )
+
+
+def settings(shape: Shape, machine: Machine) -> list[Setting]:
+    """Number formats, and bitsandbytes' 8 and 4 bits for what is not quantised yet."""
+    if shape.quantization is not None:
+        return [Setting({})]
+    found = [
+        Setting({"dtype": "float32"}, "float32"),
+        Setting({"dtype": "bfloat16"}, "bfloat16"),
+        Setting({"load_in_8bit": True}, "8 bits", loss=1, quantization="bnb-8bit"),
+        Setting({"load_in_4bit": True}, "4 bits", loss=2, quantization="bnb-4bit"),
+    ]
+    return found[1:] if machine.gpus else found
 
 
 class TransformersEngine(LogitsEngine):

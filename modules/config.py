@@ -84,6 +84,7 @@ class Config:
         "Models",
         choices=("off", "ask", "on"),
     )
+    load_anyway: bool = _option(False, "Load models that the planner finds too large for this machine.", "Models")
     strict_parameters: bool = _option(False, "Refuse a request with a parameter the backend can't honour.", "Models")
 
     # Data
@@ -236,6 +237,7 @@ COMMANDS = {
         Command("bench", "modules.evaluate.bench_cli", "Measure tokens per second."),
         Command("batch", "modules.batch.cli", "Answer a file of requests (OpenAI's batch format)."),
         Command("download", "modules.download", "Download a model."),
+        Command("plan", "modules.plan.cli", "Say what fits on this machine: backend, quantisation, context, memory, speed."),
     )
 }
 

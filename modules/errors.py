@@ -8,7 +8,8 @@
      │  └ BodyTooLarge · UnsupportedMediaType · Unauthorized · Forbidden · Conflict · TooManyRequests
      │  · RequestTimeout · Overloaded
      ├ LoadError
-     │  └ UnknownFormat · BackendUnavailable · IncompatibleModel · CorruptModel · UnsafeModel · LoadOutOfMemory · InstallFailed
+     │  └ UnknownFormat · BackendUnavailable · IncompatibleModel · CorruptModel · UnsafeModel · InstallFailed
+     │  · LoadOutOfMemory (CannotFit: known before the load)
      ├ EngineError
      │  └ GenerationFailed · GenerateOutOfMemory · EngineTimeout · ProtocolError · EngineDead
      ├ DownloadError
@@ -197,6 +198,12 @@ class UnsafeModel(LoadError):
 class LoadOutOfMemory(LoadError):
     code = "out_of_memory_load"
     http_status = 507
+
+
+class CannotFit(LoadOutOfMemory):
+    """The planner's answer before a load; `detail` carries the nearest setting that fits, as `nearest`."""
+
+    code = "cannot_fit"
 
 
 class InstallFailed(LoadError):

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import logging
 import math
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from modules import caller
@@ -30,6 +32,8 @@ from modules.errors import (
 from modules.events import EventBus, revision
 from modules.load_options import complete_options
 from modules.memory import available_bytes, process_bytes, total_bytes
+from modules.plan.admission import Need, need_of, refusal
+from modules.plan.machine import this_machine
 from modules.registry import select
 from modules.residents import Lease, OnPosition, Place, Resident, Ticket, WhenBusy, shown
 
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
 
     from modules.engine_client import EngineClient
     from modules.library import Library
+    from modules.plan.types import Machine
     from modules.registry import Environment
     from modules.schema import LoaderSpec, LoadProgress, ModelFiles
 
@@ -48,7 +53,6 @@ RESTART_WINDOW_S = 60.0
 RESTART_DELAY_S = 1.0  # times the number of recent crashes; a request that comes earlier does not wait for it
 CANCEL_GRACE_S = 20.0  # longer than the client's own abort enforcement, which kills the worker
 PROGRESS_EVERY_S = 0.1
-WORKER_OVERHEAD_BYTES = 300 << 20
 FAILED_CARDS = 4
 
 SwitchPolicy = Literal["off", "ask", "on"]
@@ -78,6 +82,8 @@ class ModelManager:
         idle_timeout_s: float = 0.0,
         max_models: int = 0,
         available: Callable[[], int] = available_bytes,
+        machine: Callable[[], Machine] | None = None,
+        load_anyway: bool = False,
     ) -> None:
         self._library = library
         self._specs = dict(specs)
@@ -90,10 +96,12 @@ class ModelManager:
         self.idle_timeout_s = idle_timeout_s
         self.max_models = max_models
         self._available = available
+        self._machine = machine or (lambda: this_machine(Path(), bandwidth=False))
+        self.load_anyway = load_anyway
         self._places: dict[str, Place] = {}
         self._active_id: str | None = None
         self._incoming: Place | None = None  # loading, to become the active one
-        self._recall: tuple[str, str, dict[str, Any]] | None = None  # what idle unload put away
+        self._recall: Place | None = None  # what idle unload put away
         self._ids = itertools.count(1)
         self._arrivals = itertools.count()
         self._loading = asyncio.Lock()
@@ -171,10 +179,11 @@ class ModelManager:
         keep_others: bool | None = False,
         when_busy: WhenBusy = "finish",
         activate: bool = True,
+        anyway: bool = False,
     ) -> Resident:
         """Load and wait until ready. Raises what `begin_load` and the load itself raise. See `begin_load`."""
         resident = await self.begin_load(
-            model_id, loader, options, keep_others=keep_others, when_busy=when_busy, activate=activate
+            model_id, loader, options, keep_others=keep_others, when_busy=when_busy, activate=activate, anyway=anyway
         )
         return await self.wait(resident.id)
 
@@ -188,12 +197,14 @@ class ModelManager:
         when_busy: WhenBusy = "finish",
         activate: bool = True,
         keep_cards: bool = False,
+        anyway: bool = False,
     ) -> Resident:
         """Start loading and return at once; `wait` waits. A second load of the same joins the first.
 
         `keep_others`: False replaces the other models, True keeps them, None keeps them while memory allows (the least
         recently used go first). `when_busy` says what becomes of answers still running on a replaced model: they finish,
         are cancelled, or ("beside") the old model stays. `keep_cards` leaves the cards of this model's failed loads.
+        `anyway` tries a load that the planner says can't fit; else it fails with CannotFit, and names the nearest that does.
         Raises ModelNotFound, IncompatibleModel, InvalidParameter.
         """
         model = await asyncio.to_thread(self._library.find, model_id)
@@ -207,6 +218,7 @@ class ModelManager:
             self._supersede(place)
         if place is None:
             place = Place(f"r{next(self._ids)}", model, spec, complete, self._changed)
+            place.anyway = anyway or self.load_anyway
             self._places[place.id] = place
             if not keep_cards:
                 self._forget_failed(model.id)
@@ -282,7 +294,7 @@ class ModelManager:
                 await asyncio.to_thread(self._library.check, place.model)
                 replaced = self._replaced(place, keep)
                 place.memory_before = self._used()
-                await self._make_room(place, replaced, when_busy)
+                await self._admit(place, replaced, when_busy)
                 try:
                     await self._start(place)
                 except LoadOutOfMemory:
@@ -362,16 +374,32 @@ class ModelManager:
         ready = [p for p in self._others(place) if p.state == "ready"]
         return ready if keep is False else [p for p in ready if p.model.id == place.model.id]
 
-    def _fits(self, place: Place) -> bool:
-        need = int(place.model.size_bytes * 1.15) + WORKER_OVERHEAD_BYTES
-        others = sum(p.state == "ready" for p in self._others(place))
-        return need <= self._available() and not 0 < self.max_models <= others
+    async def _admit(self, place: Place, replaced: list[Place], when_busy: WhenBusy) -> None:
+        """Refuse what this machine can't hold before anything is unloaded for it, then make room. Raises CannotFit."""
+        machine = dataclasses.replace(await asyncio.to_thread(self._machine), ram_available_bytes=self._available())
+        need = await asyncio.to_thread(need_of, place.model, place.spec, place.options, machine)
+        freed = sum(p.memory_bytes or 0 for p in self._others(place))
+        await self._refuse_hopeless(place, need, machine, freed)
+        await self._make_room(place, need, replaced, when_busy)
+        if freed and not any(p.state == "ready" for p in self._others(place)):  # what they gave back was a guess
+            machine = dataclasses.replace(machine, ram_available_bytes=self._available())
+            await self._refuse_hopeless(place, need, machine, 0)
 
-    async def _make_room(self, place: Place, replaced: list[Place], when_busy: WhenBusy) -> None:
+    async def _refuse_hopeless(self, place: Place, need: Need, machine: Machine, freed: int) -> None:
+        whole = dataclasses.replace(machine, ram_available_bytes=min(machine.ram_available_bytes + freed, machine.ram_bytes))
+        if not place.anyway and need.hopeless(whole):
+            around = (whole, self._specs.values(), self._environment)
+            raise await asyncio.to_thread(refusal, place.model, place.spec, place.options, need, *around)
+
+    def _fits(self, place: Place, need: Need) -> bool:
+        others = sum(p.state == "ready" for p in self._others(place))
+        return need.fits(self._available()) and not 0 < self.max_models <= others
+
+    async def _make_room(self, place: Place, need: Need, replaced: list[Place], when_busy: WhenBusy) -> None:
         """Unload before loading only where memory is short: first what is to be replaced, then the least recently used."""
-        if replaced and not self._fits(place):
+        if replaced and not self._fits(place, need):
             await self._remove(replaced, when_busy)
-        while not self._fits(place):
+        while not self._fits(place, need):
             ready = [p for p in self._others(place) if p.state == "ready"]
             if not ready:
                 return  # the loader has the last word on whether it fits
@@ -383,7 +411,7 @@ class ModelManager:
     def _remember(self, place: Place) -> None:
         """The chats' model goes for now; their next request brings it back, rather than another model answering."""
         if place.id == self._active_id:
-            self._recall = (place.model.id, place.spec.name, place.options)
+            self._recall = place
             self._active_id = None
 
     def _remove_later(self, places: list[Place], when_busy: WhenBusy) -> None:
@@ -571,8 +599,10 @@ class ModelManager:
             failed = [p for p in self._places.values() if p.state == "failed" and p.error]
             why = f" The last load failed: {failed[-1].error['message']}" if failed and failed[-1].error else ""
             raise NoModelLoaded(f"No model is loaded.{why}", hint="Load one in the web page's model menu.")
-        model, loader, options = self._recall
-        resident = await self.begin_load(model, loader, options, keep_others=None, keep_cards=True)
+        old = self._recall
+        resident = await self.begin_load(
+            old.model.id, old.spec.name, old.options, keep_others=None, keep_cards=True, anyway=old.anyway
+        )
         return self._place(resident.id)
 
     # --- idle unload, shutdown --------------------------------------------------------------------------------

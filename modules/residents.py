@@ -112,6 +112,7 @@ class Place:
     queue: list[Ticket] = field(default_factory=list)
     average_s: float | None = None
     keep_s: float | None = None  # how long it stays unused, where a client said so
+    anyway: bool = False  # load it even if the planner says it can't fit
     _drained: asyncio.Event = field(default_factory=asyncio.Event)
     _telling: bool = False
 

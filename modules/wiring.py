@@ -68,6 +68,7 @@ def build_services(config: Config) -> Services:
         switch_policy=config.model_switch,  # type: ignore[arg-type]
         idle_timeout_s=config.idle_timeout * 60,
         max_models=config.max_models,
+        load_anyway=config.load_anyway,
     )
     around = Surroundings(
         library=library,

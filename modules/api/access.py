@@ -37,7 +37,7 @@ FREE_PATHS = frozenset({"/health", "/login", "/favicon.ico"})
 # Reading these is anybody's; changing what is loaded, installed or applied is the operator's.
 ADMIN_WRITES = ("/ui-api/models/", "/ui-api/loaders/", "/ui-api/evaluations", "/ui-api/quantizations", "/ui-api/datasets")
 # What text-generation-webui asks its admin key for, reading included.
-ADMIN_PATHS = ("/v1/internal/model/list", "/v1/internal/model/load", "/v1/internal/model/unload", "/v1/internal/lora/")
+ADMIN_PATHS = tuple(f"/v1/internal/{name}" for name in ("model/list", "model/plan", "model/load", "model/unload", "lora/"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,7 +50,7 @@ class StopRequest(BaseModel):
 
 
 class LoadRequest(BaseModel):
-    """`args` holds the loader's options, `loader` among them."""
+    """`args` holds the loader's options, `loader` among them. `anyway` tries what the planner finds too large."""
 
     model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
 
@@ -59,6 +59,7 @@ class LoadRequest(BaseModel):
     settings: dict[str, Any] | None = None
     instruction_template: str | None = None
     instruction_template_str: str | None = None
+    anyway: bool = False
 
 
 class LoraRequest(BaseModel):

@@ -20,6 +20,7 @@ from modules.api.openai_models import ChatRequest, parse, schema_of
 from modules.api.openai_turns import chat_turn
 from modules.api.turn import Turn, split_extras
 from modules.errors import InvalidParameter, NoModelLoaded, UnsupportedParameter
+from modules.plan.service import answer_plan
 from modules.schema import StopParams
 
 if TYPE_CHECKING:
@@ -174,6 +175,12 @@ def _add_models(router: APIRouter, services: Services) -> None:
         listed = await asyncio.to_thread(services.library.list)
         return JSONResponse({"model_names": [model.id for model in listed if not model.problem]})
 
+    @router.get("/model/plan")
+    async def plan(model: str) -> JSONResponse:
+        """What fits on this machine for one local model: backend, quantisation, context, cache, memory, speed, ready options; the
+        best first. Read from headers; nothing is loaded."""
+        return JSONResponse(await answer_plan(services, model))
+
     @router.post("/model/load", openapi_extra=_schema(models.LoadRequest))
     async def load(request: Request) -> JSONResponse:
         """Load a model and wait until it is ready. Options that a request leaves out come from the saved settings."""
@@ -189,7 +196,7 @@ def _add_models(router: APIRouter, services: Services) -> None:
         for name in ("settings", "instruction_template", "instruction_template_str"):
             if getattr(body, name):
                 warnings.append(f"{name} has no effect: generation parameters belong to each request.")
-        await manager.load(body.model_name, loader, options)
+        await manager.load(body.model_name, loader, options, anyway=body.anyway)
         return JSONResponse(OK, headers={WARNINGS: " ".join(warnings).encode("ascii", "replace").decode()} if warnings else None)
 
     @router.post("/model/unload")

@@ -12,6 +12,7 @@ from starlette.responses import JSONResponse
 from modules.api.ui_body import Body
 from modules.errors import AppError, InvalidParameter, NotFound
 from modules.load_options import confine_paths
+from modules.plan.service import answer_plan
 from modules.registry import rank
 from modules.residents import shown
 from modules.schema import to_wire
@@ -45,17 +46,22 @@ def build_router(services: Services) -> APIRouter:
         model, loader = body.text("model", limit=MAX_NAME), body.optional_text("loader", limit=MAX_NAME)
         options = body.optional_object("options")
         when_busy = cast("WhenBusy", body.choice("when_busy", WHEN_BUSY, "finish"))
-        keep_others = body.flag("keep_others")
+        keep_others, anyway = body.flag("keep_others"), body.flag("anyway")
         body.end()
         if loader is not None and loader not in services.specs:
             raise InvalidParameter("There is no such backend.", param="loader")
         options = await asyncio.to_thread(_confined, services, model, loader, options)
-        resident = await manager.begin_load(model, loader, options, keep_others=keep_others, when_busy=when_busy)
+        resident = await manager.begin_load(model, loader, options, keep_others=keep_others, when_busy=when_busy, anyway=anyway)
         if loader is not None or options:
             task = asyncio.create_task(_remember(services, resident, options or {}))
             savers.add(task)
             task.add_done_callback(savers.discard)
         return JSONResponse({"resident": shown(resident)})
+
+    @router.get("/models/plan")
+    async def plan(model: str) -> JSONResponse:
+        """What fits on this machine, as /v1/internal/model/plan says it."""
+        return JSONResponse(await answer_plan(services, model))
 
     @router.post("/models/unload")
     async def unload(request: Request) -> JSONResponse:

@@ -40,7 +40,7 @@ def examine_gguf(path: Path, draft: Draft) -> None:
     draft.has_chat_template = _has(header, "tokenizer.chat_template")
     draft.context_length = header.integer(f"{architecture}.context_length")
     draft.vocab_size = header.lengths.get("tokenizer.ggml.tokens")
-    shards = _shards(path, header)
+    shards = shard_paths(path, header)
     _fill_weights(header, draft, shards)
     _refuse_no_model(path, header, draft)
     _check_shards(path, header, shards)
@@ -88,7 +88,7 @@ def _refuse_no_model(path: Path, header: GgufHeader, draft: Draft) -> None:
         )
 
 
-def _shards(path: Path, header: GgufHeader) -> list[Path]:
+def shard_paths(path: Path, header: GgufHeader) -> list[Path]:
     """All the files of a split model in order, `path` alone for one that is whole."""
     count = header.integer("split.count") or 1
     match = _SHARD.fullmatch(path.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import sys
 import time
@@ -12,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from modules.engine_client import WorkerClient
 from modules.errors import LoadOutOfMemory
 from modules.load_options import complete_options
-from modules.memory import available_bytes
-from modules.model_manager import WORKER_OVERHEAD_BYTES
+from modules.plan.admission import need_of
+from modules.plan.machine import this_machine
 from modules.schema import Done, GenerationRequest, StopParams, TokenEvent
 
 if TYPE_CHECKING:
@@ -46,7 +47,9 @@ class Subject:
     ) -> Subject:
         """Start a worker and load. Raises LoadError's subclasses, EngineDead; LoadOutOfMemory before it is tried in vain."""
         complete = complete_options(spec, options)
-        needed, free = int(model.size_bytes * 1.15) + WORKER_OVERHEAD_BYTES, available_bytes()
+        machine = await asyncio.to_thread(this_machine, Path(model.path), bandwidth=False)
+        need = await asyncio.to_thread(need_of, model, spec, complete, machine)
+        needed, free = need.memory.at_load, machine.ram_available_bytes
         if needed > free:
             raise LoadOutOfMemory(
                 f"{model.id} needs about {needed / 1e9:.1f} GB beside what is loaded; {free / 1e9:.1f} GB are free.",

@@ -1,0 +1,228 @@
+"""The planner: shapes from headers (lying ones too), what fits and what is nearest, what a repository's file would need."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from modules.detect import inspect
+from modules.errors import CannotFit
+from modules.plan import Machine, Memory, Shape, nearest, plan, verdict
+from modules.plan.admission import need_of, refusal
+from modules.plan.machine import parse_gpus
+from modules.plan.planner import complete, contexts, estimate, estimator, size, tokens_per_second
+from modules.plan.shape import read_shape
+from modules.registry import discover
+from modules.schema import LoaderSpec, ModelFiles
+from tests.unit.model_files import gguf_bytes, gguf_keys, hf_folder, write_json
+
+GB = 10**9
+MACHINE = Machine(ram_bytes=32 * GB, ram_available_bytes=20 * GB, cores=8, disk_free_bytes=500 * GB, bandwidth=20e9)
+SPECS = discover()
+# A Llama of 1.1 billion parameters.
+LLAMA = Shape(
+    "hf", "LlamaForCausalLM", 2_200_000_000, 1_100_048_384, stored={"BF16": 2_200_000_000}, layers=22, hidden=2048, heads=32,
+    head_dim=64, ffn=5632, vocab=32000, context=2048, embedding=65_536_000, output=65_536_000, embedding_bytes=131_072_000,
+    output_bytes=131_072_000, largest=11_534_336, keys=22 * 256, values=22 * 256,
+)  # fmt: skip
+FILES = ModelFiles("llama", "/models/llama", "hf", 2_200_000_000, "LlamaForCausalLM")
+
+
+class Installed:
+    def unavailable(self, spec: LoaderSpec) -> str | None:
+        return None
+
+
+def small(gigabytes: float, **changes: Any) -> Machine:
+    return dataclasses.replace(MACHINE, ram_bytes=int(gigabytes * GB), ram_available_bytes=int(gigabytes * GB), **changes)
+
+
+# --- shapes --------------------------------------------------------------------------------------------------------
+
+
+def test_a_folders_shape(tmp_path: Path) -> None:
+    shape = read_shape(inspect(hf_folder(tmp_path / "llama")))
+    assert (shape.layers, shape.hidden, shape.heads, shape.head_dim, shape.ffn, shape.context) == (2, 16, 4, 4, 24, 64)
+    assert (shape.keys, shape.values, shape.windowed) == (2 * 8, 2 * 8, 0)  # two layers of 2 heads of 4
+    assert shape.embedding == shape.output == 32 * 16 and not shape.tied
+    assert shape.largest == 24 * 16 and shape.stored == {"F16": 2 * shape.parameters} and not shape.gap
+
+
+def test_windows_and_states_are_counted_apart(tmp_path: Path) -> None:
+    kinds = ["sliding_attention", "full_attention"]
+    shape = read_shape(inspect(hf_folder(tmp_path / "a", {"layer_types": kinds, "sliding_window": 8})))
+    assert (shape.keys, shape.values, shape.windowed, shape.window) == (8, 8, 16, 8)
+    assert shape.cache_elements(64) == 64 * 16 + 8 * 16
+    shape = read_shape(inspect(hf_folder(tmp_path / "b", {"layer_types": ["linear_attention", "full_attention"]})))
+    assert (shape.keys, shape.windowed) == (8, 0) and shape.state > 0
+
+
+@pytest.mark.parametrize(
+    "change,gap",
+    [
+        ({"num_hidden_layers": 10**15, "model_type": "other"}, "num_hidden_layers is 1000000000000000"),
+        ({"num_attention_heads": -4, "model_type": "other"}, "num_attention_heads is -4"),
+        ({"hidden_size": "many", "model_type": "other"}, "hidden_size is many"),
+        ({"num_hidden_layers": None, "model_type": "other"}, "no num_hidden_layers"),
+    ],
+)
+def test_a_lying_config_leaves_a_gap_and_no_more(tmp_path: Path, change: dict[str, Any], gap: str) -> None:
+    model = dataclasses.replace(inspect(hf_folder(tmp_path / "x")), problem=None)
+    write_json(tmp_path / "x" / "config.json", json.loads((tmp_path / "x" / "config.json").read_text()) | change)
+    shape = read_shape(model)
+    assert gap in shape.gap
+    fits = plan(model, MACHINE, SPECS.values(), Installed(), shape=shape)
+    assert all(fit.ram_bytes is None and gap in fit.reason for fit in fits if fit.loader == "transformers")
+
+
+def test_a_ggufs_shape_is_by_its_tensors(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    keys = gguf_keys(llama__attention__head_count=(4, 4), llama__attention__head_count_kv=(4, 2**31), llama__block_count=(4, 1))
+    tensors = {
+        "token_embd.weight": ((32, 4), 0, 512),
+        "blk.0.attn_k.weight": ((32, 16), 0, 2048),
+        "blk.0.attn_v.weight": ((32, 16), 0, 2048),
+        "output_norm.weight": ((32,), 0, 128),
+    }
+    path.write_bytes(gguf_bytes(keys, tensors))
+    shape = read_shape(inspect(path))
+    assert (shape.keys, shape.values, shape.layers, shape.tied, shape.gap) == (16, 16, 1, True, "")
+    assert shape.stored == {"F32": 512 + 4096 + 128} and shape.embedding_bytes == 512
+
+
+# --- what each loader needs ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in SPECS if name != "remote"])
+def test_every_loader_estimates_and_says_what_to_try(name: str) -> None:
+    own = estimator(SPECS[name])
+    assert own is not None
+    config = {
+        "model_type": "opt", "num_hidden_layers": 22, "hidden_size": 2048, "num_attention_heads": 32, "ffn_dim": 5632,
+        "max_position_embeddings": 2048, "vocab_size": 32000,
+    }  # fmt: skip
+    shape = dataclasses.replace(LLAMA, config=config, packed=LLAMA.matrices, packed_bytes=LLAMA.matrices // 2, group_size=128)
+    for setting in own.settings(shape, MACHINE):
+        options = complete(SPECS[name], setting.options)
+        memory = own.estimate(shape, options, MACHINE)
+        assert 0 < memory.at_load <= memory.ram < 10 * GB
+        if "ctx_size" in options and name not in ("rwkv", "exllama"):
+            longer = own.estimate(shape, options | {"ctx_size": 2048}, MACHINE)
+            shorter = own.estimate(shape, options | {"ctx_size": 512}, MACHINE)
+            assert shorter.ram <= longer.ram
+
+
+def test_a_smaller_cache_type_and_number_format_need_less() -> None:
+    llama = SPECS["llamacpp"]
+    shape = dataclasses.replace(LLAMA, format="gguf", context=32768, stored={"Q8_0": 1_200_000_000})
+    full, eight, four = (
+        estimate(shape, llama, complete(llama, {"ctx_size": 32768, "cache_type_k": kind, "cache_type_v": kind}), MACHINE)
+        for kind in ("f16", "q8_0", "q4_0")
+    )
+    assert full.cache == 32768 * 22 * 512 * 2
+    assert full.cache > eight.cache > four.cache and eight.cache == full.cache * 34 // 64
+    hf = SPECS["transformers"]
+    sizes = [
+        estimate(LLAMA, hf, complete(hf, options), MACHINE).weights
+        for options in ({"dtype": "float32"}, {"dtype": "bfloat16"}, {"load_in_8bit": True}, {"load_in_4bit": True})
+    ]
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] == 4 * LLAMA.parameters
+
+
+def test_the_time_of_a_token() -> None:
+    memory = Memory(weights=0, read=10 * GB, efficiency=0.5)
+    assert tokens_per_second(memory, MACHINE) == pytest.approx(1.0)
+    assert tokens_per_second(memory, dataclasses.replace(MACHINE, bandwidth=None)) is None
+    assert tokens_per_second(Memory(weights=0, read=1), MACHINE) is None
+
+
+# --- plans ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_is_ranked_and_ready_to_apply() -> None:
+    fits = plan(FILES, MACHINE, SPECS.values(), Installed(), shape=LLAMA)
+    assert fits[0].fits and fits[0].how == "load" and fits[0].loader == "transformers"
+    assert {"load", "convert", "quantize"} == {fit.how for fit in fits}
+    assert [fit.fits for fit in fits] == sorted((fit.fits for fit in fits), reverse=True)
+    for fit in fits:
+        assert set(fit.options) <= {option.name for option in SPECS[fit.loader].options}
+        assert fit.reason.endswith(".") and "\n" not in fit.reason
+
+
+def test_short_memory_takes_the_context_then_the_format() -> None:
+    long = dataclasses.replace(LLAMA, context=131072)
+    fits = plan(FILES, small(4), SPECS.values(), Installed(), shape=long)
+    formats = {fit.options.get("dtype"): fit for fit in fits if fit.loader == "transformers" and fit.how == "load"}
+    assert not formats["float32"].fits and "needs" in formats["float32"].reason
+    assert formats["bfloat16"].fits and formats["bfloat16"].context_length < 131072
+    assert all(fit.ram_bytes is not None and fit.ram_bytes <= 4 * GB for fit in fits if fit.fits)
+
+
+def test_nothing_fits_a_machine_that_is_too_small() -> None:
+    fits = plan(FILES, small(0.01), SPECS.values(), Installed(), shape=LLAMA)
+    assert fits and not any(fit.fits for fit in fits) and nearest(fits) is None
+
+
+def test_contexts_halve() -> None:
+    assert contexts(dataclasses.replace(LLAMA, context=5000)) == [5000, 4096, 2048, 1024, 512]
+    assert contexts(dataclasses.replace(LLAMA, context=300)) == [300]
+    assert len(contexts(dataclasses.replace(LLAMA, context=2**31))) < 20
+
+
+def test_an_environment_that_is_not_there_is_said() -> None:
+    class Missing:
+        def unavailable(self, spec: LoaderSpec) -> str | None:
+            return "not installed: ./start_linux.sh install x"
+
+    fits = plan(FILES, MACHINE, SPECS.values(), Missing(), shape=LLAMA)
+    assert fits and all(not fit.installed for fit in fits)
+    assert all("not installed yet" in fit.reason for fit in fits)
+
+
+# --- refusals ------------------------------------------------------------------------------------------------------
+
+
+def test_a_refusal_names_the_nearest_that_fits(tmp_path: Path) -> None:
+    model = inspect(hf_folder(tmp_path / "m"))
+    shape = dataclasses.replace(LLAMA, context=2048)
+    spec = SPECS["llamacpp"]
+    options = complete(spec, {"ctx_size": 1_000_000})
+    need = dataclasses.replace(need_of(model, spec, options, MACHINE), shape=shape, known=True)
+    need = dataclasses.replace(need, memory=estimate(shape, spec, options, MACHINE))
+    assert need.hopeless(MACHINE) and not need.fits(MACHINE.ram_available_bytes)
+    error = refusal(model, spec, options, need, MACHINE, SPECS.values(), Installed())
+    assert isinstance(error, CannotFit) and error.code == "cannot_fit"
+    assert error.detail["nearest"]["options"] == {"ctx_size": 2048} and "ctx_size 2048" in error.hint
+
+
+def test_a_shortage_within_the_estimates_error_is_no_refusal() -> None:
+    spec = SPECS["transformers"]
+    options = complete(spec, {"dtype": "float32"})
+    memory = estimate(LLAMA, spec, options, MACHINE)
+    need = dataclasses.replace(need_of(FILES, spec, options, MACHINE), memory=memory, known=True)
+    assert not need.hopeless(small(memory.at_load * 0.9 / GB))
+    assert need.hopeless(small(memory.at_load * 0.8 / GB))
+    assert not dataclasses.replace(need, known=False).hopeless(small(0.001))
+
+
+# --- the rest ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gigabytes,level", [(4, "fits"), (16.4, "tight"), (22, "tight"), (40, "no"), (600, "no")])
+def test_the_verdict_on_a_file_that_is_not_here(gigabytes: float, level: str) -> None:
+    assert verdict(int(gigabytes * GB), MACHINE).level == level
+
+
+def test_absurd_sizes_are_only_large_numbers() -> None:
+    assert verdict(2**63, MACHINE).level == "no"
+    assert verdict(0, MACHINE).level == "fits"
+    assert size(2**70).endswith("PB")
+
+
+def test_gpus_as_the_driver_lists_them() -> None:
+    found = parse_gpus("NVIDIA A, B, 24564, 20000\nbroken\n[N/A], [N/A], [N/A]\n")
+    assert [(gpu.name, gpu.free_bytes >> 20) for gpu in found] == [("NVIDIA A, B", 20000)]
