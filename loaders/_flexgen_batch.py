@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from loaders._logits import guidance_of, negative_ids
 from loaders._process import peak_memory
 from modules.assemble import TokenAssembler
 from modules.detokenize import WindowDetokenizer
 from modules.errors import AppError, ContextLengthExceeded, GenerateOutOfMemory, GenerationFailed, InvalidParameter
 from modules.grammar import Grammars
+from modules.sampler_math import guided
 from modules.samplers import SamplerChain, SequenceBreakers, token_logprob
 from modules.schema import Done, Event, GenerationRequest, ModelInfo, PrefillProgress, Timings, TokenEvent, TokenLogprob, Usage
 
@@ -41,6 +43,8 @@ class _Row:
         self.request, self.cancel, self.ids, self.assembler = request, cancel, ids, assembler
         self.chain: SamplerChain | None = None
         self.ignored: dict[str, str] = {}
+        self.guided: dict[str, Any] = {}  # guidance's parameters, for the receipt
+        self.negative: list[int] = []  # the negative prompt: a second sequence beside the first
         self.events: deque[Event] = deque()
         self.failure: Exception | None = None
         self.left = False
@@ -54,7 +58,8 @@ class _Row:
     def takes_largest(self) -> bool:
         """Whether the largest logit is all there is to its next token."""
         chain = self.chain
-        return chain is not None and chain.is_argmax and self.request.logprobs is None and self.assembler.may_end
+        plain = self.request.logprobs is None and not self.negative
+        return chain is not None and chain.is_argmax and plain and self.assembler.may_end
 
     def done(self, peak: int | None) -> Done:
         assembler, now = self.assembler, time.perf_counter()
@@ -67,10 +72,26 @@ class _Row:
             Timings(first - (self.started or first), max((self.last or first) - first, 0.0)),
             stop_match=assembler.stop_match,
             peak_memory_bytes=peak,
-            applied=self.chain.applied,
+            applied=self.chain.applied | self.guided,
             ignored=self.ignored | self.chain.ignored,
             seed=self.chain.seed,
         )
+
+
+# A sequence of a block: whose it is and whether it is the negative prompt's; None fills up.
+Lane = tuple[_Row, bool] | None
+
+
+def lanes(rows: Sequence[_Row], size: int) -> list[Lane]:
+    """The sequences of these rows. Both of a guided row go into one GPU batch of `size`: they are combined there."""
+    found: list[Lane] = []
+    for row in rows:
+        if row.negative and len(found) % size == size - 1:
+            found.append(None)
+        found.append((row, False))
+        if row.negative:
+            found.append((row, True))
+    return found
 
 
 class Batcher:
@@ -143,9 +164,19 @@ class Batcher:
             protected_ids=self._protected,
             constraint=constraint,
         )
+        self._guide(row, sampler)
         self._waiting.append(row)
         self._arrived = time.perf_counter()
         return row
+
+    def _guide(self, row: _Row, sampler: dict[str, Any]) -> None:
+        """Classifier-free guidance as `_hf_modes.Guidance` has it, in a second sequence of the block."""
+        on = guidance_of(sampler)
+        if on and self._model.plan.gpu_batch_size < 2:
+            row.ignored = row.ignored | dict.fromkeys(on, "Guidance needs two sequences computed together: gpu_batch_size is 1.")
+        elif on:
+            row.guided = on
+            row.negative = negative_ids(on, self.text.encode, row.ids, self.info.context_length, self._limit(row))
 
     # --- blocks -----------------------------------------------------------------------------------------------------
 
@@ -155,8 +186,7 @@ class Batcher:
             self._finish_cancelled()
             if not self._waiting or not self._gathered():
                 return
-            size = self._model.plan.slots
-            self._block, self._waiting = self._waiting[:size], self._waiting[size:]
+            self._take_block()
             self._work = self._run(self._block)
         try:
             next(self._work)
@@ -168,6 +198,13 @@ class Batcher:
                 if not row.over:
                     row.failure = failure
             self._work, self._block = None, []
+
+    def _take_block(self) -> None:
+        """As many of the waiting rows, in their order, as have room in a block."""
+        plan, count = self._model.plan, 1
+        while count < len(self._waiting) and len(lanes(self._waiting[: count + 1], plan.gpu_batch_size)) <= plan.slots:
+            count += 1
+        self._block, self._waiting = self._waiting[:count], self._waiting[count:]
 
     def _gathered(self) -> bool:
         if len(self._waiting) >= self._model.plan.slots:
@@ -194,10 +231,12 @@ class Batcher:
         if not live:
             return
         room = max(self._limit(row) for row in live)
-        size = min(self._model.plan.gpu_batch_size, len(live))
+        sequences = lanes(live, self._model.plan.gpu_batch_size)
+        size = min(self._model.plan.gpu_batch_size, len(sequences))
+        prompts = [live[0].ids[-1:] if lane is None else lane[0].negative if lane[1] else lane[0].ids for lane in sequences]
 
         def pick(k: int, logits: Any) -> Sequence[int]:
-            return self._pick(live[k * size : (k + 1) * size], logits)
+            return self._pick(sequences[k * size : (k + 1) * size], logits)
 
         def stop() -> bool:
             for row in live:
@@ -206,7 +245,7 @@ class Batcher:
             return all(row.over for row in live)
 
         told = time.perf_counter()
-        for share in self._model.run([row.ids for row in live], room, pick, stop):
+        for share in self._model.run(prompts, room, pick, stop):
             if share is None:
                 yield None
             elif time.perf_counter() - told > 0.1:
@@ -221,10 +260,10 @@ class Batcher:
         asked = row.request.stop.max_tokens
         return room if asked is None else min(asked, room)
 
-    def _pick(self, rows: list[_Row], logits: Any) -> Sequence[int]:
-        """One token for each sequence of a GPU batch; the rows that are over, and those that fill it up, get token 0."""
+    def _pick(self, sequences: Sequence[Lane], logits: Any) -> Sequence[int]:
+        """One token for each sequence of a GPU batch; those that are over, and those that fill it up, get token 0."""
         ids = [0] * len(logits)
-        live = [(at, row) for at, row in enumerate(rows) if not row.over]
+        live = [(at, lane[0]) for at, lane in enumerate(sequences) if lane and not lane[1] and not lane[0].over]
         plain = all(row.takes_largest for _, row in live)
         if plain and not bool(logits.isnan().any()):
             likeliest = logits.argmax(dim=-1).tolist()
@@ -236,20 +275,28 @@ class Batcher:
             return ids
         values = logits.float().cpu().numpy()
         for at, row in live:
-            assert row.chain is not None
-            try:
-                if np.isnan(values[at]).any():  # greedy would take the NaN for the largest
-                    raise FloatingPointError
-                ids[at] = row.chain.sample(values[at], ban_ends=not row.assembler.may_end)
-            except FloatingPointError:
-                row.failure = GenerationFailed(
-                    "The model gave numbers that are not finite.", hint="Load it without compression, or another copy of it."
-                )
-                continue
-            count = row.request.logprobs
-            entry = None if count is None else token_logprob(values[at], ids[at], count, self.text.token_text)
-            self._push(row, ids[at], entry)
+            self._sample(row, at, values, ids)
         return ids
+
+    def _sample(self, row: _Row, at: int, values: Any, ids: list[int]) -> None:
+        """A token for `row` from the logits `values` [sequences, vocab], put into `ids` at its place (and its negative's)."""
+        assert row.chain is not None
+        try:
+            if np.isnan(values[at]).any():  # greedy would take the NaN for the largest
+                raise FloatingPointError
+            logits = values[at]
+            if row.negative:
+                logits = guided(logits, values[at + 1], row.guided["guidance_scale"])
+            ids[at] = row.chain.sample(logits, ban_ends=not row.assembler.may_end)
+        except FloatingPointError:
+            row.failure = GenerationFailed(
+                "The model gave numbers that are not finite.", hint="Load it without compression, or another copy of it."
+            )
+            return
+        if row.negative:
+            ids[at + 1] = ids[at]
+        count = row.request.logprobs
+        self._push(row, ids[at], None if count is None else token_logprob(logits, ids[at], count, self.text.token_text))
 
     def _push(self, row: _Row, token: int, entry: TokenLogprob | None) -> None:
         row.last = time.perf_counter()

@@ -178,7 +178,7 @@ class DecoderRunner(HfRunner):
     """`HfRunner` with its steps taken by a `Decoder`."""
 
     def _new_prefix(self) -> _Prefix:
-        return _Prefix(Decoder(self._model, self.info.context_length))
+        return _Prefix(Decoder(self.model, self.info.context_length))
 
     def forward(self, prefix: Any, ids: list[int], keep: int) -> Any:
         with torch.inference_mode():

@@ -9,16 +9,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from loaders import _hf_compat
+from loaders import _hf_compat, _process
+from loaders._hf_contrast import ContrastiveSearch, settings
 from loaders._hf_load import Loaded, is_out_of_memory
 from loaders._hf_modes import Guidance, PromptLookup
-from loaders._process import peak_memory
+from loaders._logits import guidance_of, negative_ids
 from modules import sampling as table
 from modules.assemble import TokenAssembler
 from modules.detokenize import WindowDetokenizer
 from modules.errors import ContextLengthExceeded, GenerateOutOfMemory, GenerationFailed, InvalidParameter, LoadOutOfMemory
 from modules.grammar import Constraint, Grammars
-from modules.samplers import SamplerChain, SequenceBreakers, new_seed, token_logprob
+from modules.samplers import SamplerChain, SequenceBreakers, token_logprob
 from modules.schema import Done, Event, GenerationRequest, PrefillProgress, Timings, TokenEvent, TokenLogprob, Usage
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 MODES = frozenset({"guidance_scale", "negative_prompt", "prompt_lookup_num_tokens"})
 _SHORTER = "Shorten the prompt, or load the model with a larger context."
+Mode = Guidance | PromptLookup | ContrastiveSearch
 
 
 class PrefixCache:
@@ -80,13 +82,13 @@ class HfRunner:
         import torch
 
         self._torch = torch
-        self._model = loaded.model
-        self._device = loaded.input_device
+        self.model = loaded.model
+        self.device = loaded.input_device
         self._on_cpu = loaded.input_device.type == "cpu"
         self.text = loaded.text
         self.info = loaded.info
         self._eos_ids = loaded.eos_ids
-        self._chunk = prefill_chunk
+        self.chunk = prefill_chunk
         self._prefix: Any = self._new_prefix()
         # Some models of transformers 4 compute every position's logits; what is not asked for is left aside.
         forward = getattr(loaded.model, "forward", None)
@@ -105,7 +107,7 @@ class HfRunner:
 
     def _new_prefix(self) -> Any:
         """What remembers the text that has been read; other runners have other kinds."""
-        return PrefixCache(self._model)
+        return PrefixCache(self.model)
 
     def _prompt_of_one(self) -> list[int]:
         return [self.text.bos_id if self.text.bos_id is not None else min(self._eos_ids, default=0)]
@@ -133,36 +135,30 @@ class HfRunner:
         started = time.perf_counter()
         ids = self.prompt_ids(request)
         constraint = self._grammars.constraint(request)
-        assembler = self._assembler(request, ids, constraint)
-        chain = SamplerChain(
-            sampler,
-            ids,
-            self.info.vocab_size,
-            eos_ids=assembler.end_ids or self._eos_ids,
-            breakers=self._breakers,
-            protected_ids=self._protected,
-            constraint=constraint,
-        )
-        cached = self._prefix.reuse(ids)
+        assembler = self.assembler(request, ids, constraint)
+        contrast, parameters, lost = settings(sampler)
+        chain = self._chain(parameters, ids, assembler, constraint)
+        mode: Mode | None = ContrastiveSearch(self, *contrast) if contrast else None
+        cached = self._prefix.reuse(ids) if mode is None else 0
+        ignored = ignored | lost
         first = last = 0.0
-        mode: Guidance | PromptLookup | None = None
         try:
             logits = None
-            for done, rows in self._prefill(ids, cached, cancel):
+            for read, rows in self._read(mode, ids, cached, cancel):
                 logits = rows
-                yield PrefillProgress(request.request_id, done, len(ids))
+                yield PrefillProgress(request.request_id, read, len(ids))
             if logits is not None and bool(logits.isnan().any()):  # greedy would take the NaN for the largest
                 raise FloatingPointError
             if request.echo:
                 yield self._echo(request, ids)
-            if logits is not None:
+            if logits is not None and mode is None:
                 mode, ignored = self._mode(sampler, ids, assembler.limit, ignored)
-                logits = mode.combine(logits) if isinstance(mode, Guidance) else logits
+                logits = logits if mode is None else mode.start(logits)
             while assembler.finish_reason is None:
                 if cancel.cancelled or logits is None:
                     event = assembler.cancel()
                 else:
-                    token, entry = self._pick(chain, logits, request.logprobs, not assembler.may_end)
+                    token, entry = self._pick(chain, logits, request.logprobs, not assembler.may_end, mode)
                     event = assembler.push(token, entry)
                     last = time.perf_counter()
                     first = first or last
@@ -170,7 +166,7 @@ class HfRunner:
                     yield event
                 if assembler.finish_reason is None:
                     logits = self._step([token], 1) if mode is None else mode.next(token)
-            if isinstance(mode, PromptLookup):
+            if mode is not None:
                 mode.close()
         except GeneratorExit:
             if mode is not None:
@@ -178,22 +174,45 @@ class HfRunner:
             raise
         except Exception as error:
             self._prefix.reset()  # the cache may hold half a step
-            self._raise_typed(error)
-        modes = {name: sampler[name] for name in MODES & table.active(sampler).keys() - ignored.keys()}
+            self.raise_typed(error)
         done = self._done(request, assembler, ids, cached, (started, first or time.perf_counter(), last), chain, ignored)
-        yield replace(done, applied={**done.applied, **modes})
+        yield self._with_mode(done, contrast, sampler)
+
+    def _chain(
+        self, parameters: dict[str, Any], ids: list[int], assembler: TokenAssembler, constraint: Constraint | None
+    ) -> SamplerChain:
+        return SamplerChain(
+            parameters,
+            ids,
+            self.info.vocab_size,
+            eos_ids=assembler.end_ids or self._eos_ids,
+            breakers=self._breakers,
+            protected_ids=self._protected,
+            constraint=constraint,
+        )
+
+    def _with_mode(self, done: Done, contrast: tuple[float, int] | None, sampler: dict[str, Any]) -> Done:
+        """The receipt with the parameters of the way to decode."""
+        applied = dict(done.applied)
+        if contrast:
+            applied.pop("temperature", None)
+            applied |= {"penalty_alpha": contrast[0], "top_k": contrast[1]}
+        else:
+            applied |= {name: sampler[name] for name in MODES & table.active(sampler).keys() - done.ignored.keys()}
+        return replace(done, applied=applied)
+
+    def _read(self, mode: Mode | None, ids: list[int], cached: int, cancel: CancelToken) -> Iterator[tuple[int, Any]]:
+        if isinstance(mode, ContrastiveSearch):
+            return mode.prefill(ids, self.chunk, cancel)
+        return self._prefill(ids, cached, cancel)
 
     def _mode(
         self, sampler: dict[str, Any], ids: list[int], answer: int, ignored: dict[str, str]
-    ) -> tuple[Guidance | PromptLookup | None, dict[str, str]]:
+    ) -> tuple[Mode | None, dict[str, str]]:
         """The way to decode that these parameters ask for, and what is ignored with it. `answer` is its longest length."""
         on = table.active(sampler)
-        if "guidance_scale" in on:
-            negative = self.text.encode(on["negative_prompt"], False) if "negative_prompt" in on else ids[-1:]
-            if max(len(negative), len(ids)) + answer > self.info.context_length:
-                raise ContextLengthExceeded(
-                    "The negative prompt leaves no room for the answer.", hint="Shorten it.", param="negative_prompt"
-                )
+        if guidance := guidance_of(sampler):
+            negative = negative_ids(guidance, self.text.encode, ids, self.info.context_length, answer)
             if "prompt_lookup_num_tokens" in on:
                 ignored = ignored | {"prompt_lookup_num_tokens": "Guidance computes every token by itself."}
             return Guidance(self, negative, on["guidance_scale"], self._new_prefix()), ignored
@@ -204,7 +223,7 @@ class HfRunner:
             return PromptLookup(self, ids, on["prompt_lookup_num_tokens"], room), ignored
         return None, ignored
 
-    def _assembler(self, request: GenerationRequest, ids: list[int], constraint: Constraint | None = None) -> TokenAssembler:
+    def assembler(self, request: GenerationRequest, ids: list[int], constraint: Constraint | None = None) -> TokenAssembler:
         decode = self.text.decoder(bool(request.sampling.get("skip_special_tokens", True)))
         room = self.info.context_length - len(ids)
         return TokenAssembler(request, WindowDetokenizer(decode, ids), self._eos_ids, room, constraint)
@@ -213,7 +232,7 @@ class HfRunner:
         """(tokens in the cache, logits of the last of them) after each chunk; stops early when cancelled."""
         position = cached
         while position < len(ids) and not cancel.cancelled:
-            chunk = ids[position : position + self._chunk]
+            chunk = ids[position : position + self.chunk]
             logits = self._step(chunk, 1)
             position += len(chunk)
             yield position, logits if position == len(ids) else None
@@ -228,25 +247,31 @@ class HfRunner:
 
     def forward(self, prefix: PrefixCache, ids: list[int], keep: int) -> Any:
         """One forward pass over the next `ids`; the logits of the last `keep` positions: [vocab] for 1, else [keep, vocab]."""
-        torch = self._torch
         if prefix.cache is None:
             prefix.reset()
-        with torch.inference_mode():
-            tokens = torch.tensor([ids]) if self._on_cpu else torch.tensor([ids], device=self._device)
-            fewer = {"logits_to_keep": keep} if self._keeps else {}
-            output = self._model(input_ids=tokens, past_key_values=prefix.cache, use_cache=True, **fewer)
-            prefix.ids.extend(ids)
-            logits = output.logits[0]
-            return logits[-1] if keep == 1 else logits[-keep:]
+        logits = self.run_model([ids], prefix.cache, keep)[0]
+        prefix.ids.extend(ids)
+        return logits[-1] if keep == 1 else logits[-keep:]
 
-    def _pick(self, chain: SamplerChain, logits: Any, logprobs: int | None, ban_ends: bool) -> tuple[int, TokenLogprob | None]:
-        if chain.is_argmax and logprobs is None and not ban_ends:
+    def run_model(self, rows: list[list[int]], cache: Any, keep: int) -> Any:
+        """Logits [rows, at least `keep`, vocab] of the last positions of `rows` of equal length, which follow `cache`."""
+        torch = self._torch
+        with torch.inference_mode():
+            tokens = torch.tensor(rows) if self._on_cpu else torch.tensor(rows, device=self.device)
+            fewer = {"logits_to_keep": keep} if self._keeps else {}
+            return self.model(input_ids=tokens, past_key_values=cache, use_cache=True, **fewer).logits
+
+    def _pick(
+        self, chain: SamplerChain, logits: Any, logprobs: int | None, ban_ends: bool, mode: Mode | None
+    ) -> tuple[int, TokenLogprob | None]:
+        search = mode if isinstance(mode, ContrastiveSearch) else None
+        if chain.is_argmax and logprobs is None and not ban_ends and search is None:
             token = int(logits.argmax())
             chain.accept(token)
             return token, None
         row = logits.float().cpu().numpy()
         # A row of the model's padding beyond the tokenizer's vocabulary stays: its logits are trained down.
-        token = chain.sample(row, ban_ends=ban_ends)
+        token = chain.sample(row, ban_ends=ban_ends) if search is None else search.pick(chain, row, ban_ends)
         return token, None if logprobs is None else token_logprob(row, token, logprobs, self.text.token_text)
 
     def _echo(self, request: GenerationRequest, ids: list[int]) -> TokenEvent:
@@ -276,64 +301,10 @@ class HfRunner:
             Usage(len(ids), assembler.count, cached),
             Timings(first - started, max(last - first, 0.0)),
             stop_match=assembler.stop_match,
-            peak_memory_bytes=self._peak_memory(),
+            peak_memory_bytes=self.peak_memory(),
             applied=chain.applied,
             ignored=ignored | chain.ignored,
             seed=chain.seed,
-        )
-
-    def beam_search(
-        self, request: GenerationRequest, cancel: CancelToken, arguments: dict[str, Any], ignored: dict[str, str]
-    ) -> Iterator[Event | None]:
-        """Beams through `generate()`: the text comes at the end, in one piece."""
-        from transformers import StoppingCriteriaList
-
-        torch = self._torch
-        started = time.perf_counter()
-        ids = self.prompt_ids(request)
-        assembler = self._assembler(request, ids)
-        room = self.info.context_length - len(ids)
-        limit = room if request.stop.max_tokens is None else min(request.stop.max_tokens, room)
-        ends = sorted(assembler.end_ids)
-        banned = request.sampling.get("ban_eos_token", False) or not ends
-        yield PrefillProgress(request.request_id, 0, len(ids))
-        found: list[int] = []
-        if limit > 0:
-            try:
-                output = self._model.generate(
-                    torch.tensor([ids], device=self._device),
-                    attention_mask=torch.ones((1, len(ids)), dtype=torch.long, device=self._device),
-                    max_new_tokens=limit,
-                    min_new_tokens=limit if banned else min(request.stop.min_tokens, limit),
-                    eos_token_id=ends or None,
-                    pad_token_id=ends[0] if ends else 0,
-                    stopping_criteria=StoppingCriteriaList([lambda rows, *_, **__: torch.full((len(rows),), cancel.cancelled)]),
-                    **arguments,
-                )
-            except Exception as error:
-                self._raise_typed(error)
-            found = output[0, len(ids) :].tolist()
-        yield PrefillProgress(request.request_id, len(ids), len(ids))
-        ended = time.perf_counter()
-        for token in found:
-            if assembler.finish_reason is None:
-                event = assembler.push(token)
-                if event is not None:
-                    yield event
-        if assembler.finish_reason is None:
-            event = assembler.cancel()
-            if event is not None:
-                yield event
-        yield Done(
-            request.request_id,
-            "cancelled" if cancel.cancelled else assembler.finish_reason or "length",
-            Usage(len(ids), assembler.count),
-            Timings(0.0, ended - started),
-            stop_match=assembler.stop_match,
-            peak_memory_bytes=self._peak_memory(),
-            applied={k: v for k, v in arguments.items() if k != "do_sample"},
-            ignored=ignored,
-            seed=new_seed() if request.sampling.get("seed", -1) < 0 else request.sampling["seed"],
         )
 
     # --- scoring and embedding ------------------------------------------------------------------------------
@@ -348,15 +319,15 @@ class HfRunner:
         self._prefix.reset()
         scores: list[float] = []
         try:
-            for start in range(0, max(len(ids) - 1, 0), self._chunk):
-                chunk = ids[start : min(start + self._chunk, len(ids) - 1)]
+            for start in range(0, max(len(ids) - 1, 0), self.chunk):
+                chunk = ids[start : min(start + self.chunk, len(ids) - 1)]
                 rows = self._step(chunk, len(chunk)).float().reshape(len(chunk), -1)
                 wanted = self._torch.tensor(ids[start + 1 : start + 1 + len(chunk)], device=rows.device)
                 picked = rows.gather(1, wanted[:, None])[:, 0] - rows.logsumexp(dim=1)
                 scores.extend(picked.tolist())
         except Exception as error:
             self._prefix.reset()
-            self._raise_typed(error)
+            self.raise_typed(error)
         return scores
 
     def _score_beside(self, ids: list[int]) -> list[float]:
@@ -376,11 +347,11 @@ class HfRunner:
             )
         try:
             with torch.inference_mode():
-                tokens = torch.tensor([list(token_ids)], device=self._device)
-                states = _hf_compat.decoder_of(self._model)(input_ids=tokens, use_cache=False).last_hidden_state[0].float()
+                tokens = torch.tensor([list(token_ids)], device=self.device)
+                states = _hf_compat.decoder_of(self.model)(input_ids=tokens, use_cache=False).last_hidden_state[0].float()
                 return list(torch.nn.functional.normalize(states.mean(dim=0), dim=0).tolist())
         except Exception as error:
-            self._raise_typed(error)
+            self.raise_typed(error)
 
     # --- memory and errors ----------------------------------------------------------------------------------
 
@@ -390,13 +361,13 @@ class HfRunner:
             return None
         return sum(torch.cuda.memory_reserved(i) for i in range(torch.cuda.device_count())) or None
 
-    def _peak_memory(self) -> int | None:
+    def peak_memory(self) -> int | None:
         torch = self._torch
         if any(name.startswith("cuda") for name in self.info.device_map):
             return int(sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())))
-        return peak_memory()
+        return _process.peak_memory()
 
-    def _raise_typed(self, error: Exception) -> NoReturn:
+    def raise_typed(self, error: Exception) -> NoReturn:
         """Raise the product's error for what torch raised; anything unknown as it is."""
         if is_out_of_memory(error):
             if self._torch.cuda.is_available():

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from loaders._hf_generate import HfRunner, PrefixCache
+    from loaders._hf_generate import HfRunner
 
 # The longest end of the text that is looked for earlier in it, then shorter ones.
 LONGEST_NGRAM = 3
@@ -21,20 +21,25 @@ class Guidance:
     alone stands for it, as in HF transformers. Costs a second forward pass and a second KV cache.
     """
 
-    def __init__(self, runner: HfRunner, negative_ids: list[int], scale: float, cache: PrefixCache) -> None:
+    def __init__(self, runner: HfRunner, negative_ids: list[int], scale: float, cache: Any) -> None:
         self._runner, self._scale, self._cache = runner, scale, cache
         self._waiting = list(negative_ids)
 
-    def combine(self, logits: Any) -> Any:
+    def start(self, logits: Any) -> Any:
         """The guided row for the positive prompt's `logits` [vocab]."""
-        negative = self._runner.forward(self._cache, self._waiting, 1)
+        chunk = self._runner.chunk
+        for start in range(0, len(self._waiting), chunk):
+            negative = self._runner.forward(self._cache, self._waiting[start : start + chunk], 1)
         self._waiting = []
         calm = negative.float().log_softmax(dim=-1)
         return calm + self._scale * (logits.float().log_softmax(dim=-1) - calm)
 
     def next(self, token: int) -> Any:
         self._waiting = [token]
-        return self.combine(self._runner.forward(self._runner.prefix, [token], 1))
+        return self.start(self._runner.forward(self._runner.prefix, [token], 1))
+
+    def close(self) -> None:
+        """Nothing to put back: the second cache goes with this object."""
 
 
 class PromptLookup:
@@ -48,6 +53,9 @@ class PromptLookup:
         self._draft: list[int] = []  # in the KV cache, not picked yet
         self._rows: list[Any] = []  # the logits after each of them
         self.accepted = 0
+
+    def start(self, logits: Any) -> Any:
+        return logits
 
     def next(self, token: int) -> Any:
         self._text.append(token)

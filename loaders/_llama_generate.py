@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from loaders._llama_capi import AbortCallback, Token
+from loaders._llama_guidance import guidance
 from loaders._llama_sampling import NativeSampler
 from loaders._process import peak_memory
 from modules.assemble import TokenAssembler
@@ -84,18 +85,22 @@ class LlamaRunner:
         assembler = TokenAssembler(request, detokenizer, model.eos_ids, self.info.context_length - len(ids), constraint)
         sampler = NativeSampler(model, request.sampling, ids, grammar=grammar, end_ids=assembler.end_ids, constraint=constraint)
         held = grammar is not None or constraint is not None
+        guide, guided = None, {}
         if held and request.stop.min_tokens:
             ignored = ignored | {"min_tokens": "The grammar decides where the text may end."}
         first = last = 0.0
         try:
+            guide, guided = guidance(model, request.sampling, ids, assembler.limit)
             cached = self._reuse(ids)
             for done in self._prefill(ids, cached, cancel):
                 yield PrefillProgress(request.request_id, done, len(ids))
             if request.echo:
                 yield self._echo(request, ids)
+            if guide is not None:
+                guide.start(cancel)
             one = (Token * 1)()
             batch = self._lib.llama_batch_get_one(one, 1)
-            decode, context, held = self._lib.llama_decode, model.ctx, self._ids
+            decode, context, read = self._lib.llama_decode, model.ctx, self._ids
             token: int | None = None
             while assembler.finish_reason is None:
                 if cancel.cancelled:
@@ -117,9 +122,13 @@ class LlamaRunner:
                     status = decode(context, batch)
                     if status:
                         self._raise_decode(status)
-                    held.append(token)
+                    read.append(token)
+                    if guide is not None:
+                        guide.next(token)
         finally:
             sampler.close()
+            if guide is not None:
+                guide.close()
         yield Done(
             request.request_id,
             assembler.finish_reason,
@@ -127,7 +136,7 @@ class LlamaRunner:
             Timings((first or time.perf_counter()) - started, max(last - first, 0.0)),
             stop_match=assembler.stop_match,
             peak_memory_bytes=peak_memory(),
-            applied=sampler.applied | ({"grammar": True} if held else {}),
+            applied=sampler.applied | guided | ({"grammar": True} if held else {}),
             ignored=ignored | sampler.ignored,
             seed=sampler.seed,
         )

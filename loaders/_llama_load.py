@@ -76,8 +76,9 @@ class LlamaModel:
         self.context_length = options["ctx_size"] or min(trained, MOST_CONTEXT_BY_DEFAULT)
         self.n_batch = max(options["batch_size"], 1)
         progress(LoadProgress("Making the context"))
-        self.ctx = self._new_context(options)
-        self._attach_adapters(options)
+        self._options = options
+        self._adapters = self._open_adapters(options)
+        self.ctx = self.new_context(self.context_length)
         self.eos_ids = frozenset(i for i in range(self.n_vocab) if lib.llama_vocab_is_eog(self.vocab, i))
         self.breakers = SequenceBreakers(self.n_vocab, lambda token: self.piece(token).decode("utf-8", "replace"))
         self.bos_id = int(lib.llama_vocab_bos(self.vocab))
@@ -131,10 +132,12 @@ class LlamaModel:
             return "off"
         return str(options["flash_attn"])
 
-    def _new_context(self, options: dict[str, Any]) -> int:
+    def new_context(self, length: int) -> int:
+        """A context of `length` tokens with the load's options and adapters; whoever makes another one than `ctx` frees it."""
+        options = self._options
         threads = options["threads"] or default_threads()
         params = self.lib.context_params(
-            n_ctx=self.context_length,
+            n_ctx=length,
             n_batch=self.n_batch,
             n_ubatch=min(options["ubatch_size"], self.n_batch),
             n_threads=threads,
@@ -152,18 +155,21 @@ class LlamaModel:
         if not ctx:
             text = " ".join(self.log.lines)
             if "allocate" in text or "memory" in text.lower():
-                raise LoadOutOfMemory(f"The memory is too small for a context of {self.context_length} tokens.", hint=_SMALLER)
+                raise LoadOutOfMemory(f"The memory is too small for a context of {length} tokens.", hint=_SMALLER)
             raise IncompatibleModel(
                 f"llama.cpp can't make this context: {_first(self.log.lines)}.",
                 hint="Check the cache types (a quantised V cache needs flash_attn) and the rope options.",
             )
+        if self._adapters:
+            scales = lora_scales(options["lora_scale"], len(self._adapters))
+            adapters = (ctypes.c_void_p * len(self._adapters))(*self._adapters)
+            if self.lib.llama_set_adapters_lora(ctx, adapters, len(scales), (ctypes.c_float * len(scales))(*scales)) != 0:
+                raise LoadError("llama.cpp did not take the LoRA adapters.")
         return int(ctx)
 
-    def _attach_adapters(self, options: dict[str, Any]) -> None:
+    def _open_adapters(self, options: dict[str, Any]) -> list[int]:
         paths = list(options["lora"])
-        if not paths:
-            return
-        scales = lora_scales(options["lora_scale"], len(paths))
+        lora_scales(options["lora_scale"], len(paths))  # says what is wrong before anything is read
         handles = []
         for path in paths:
             handle = self.lib.llama_adapter_lora_init(self._model, os.fsencode(path)) if Path(path).is_file() else None
@@ -172,10 +178,8 @@ class LlamaModel:
                     f"The adapter {Path(path).name} can't be used with this model: {_first(self.log.lines)}.",
                     hint="A LoRA for llama.cpp is a GGUF file made for the same base model.",
                 )
-            handles.append(handle)
-        adapters = (ctypes.c_void_p * len(handles))(*handles)
-        if self.lib.llama_set_adapters_lora(self.ctx, adapters, len(handles), (ctypes.c_float * len(scales))(*scales)) != 0:
-            raise LoadError("llama.cpp did not take the LoRA adapters.")
+            handles.append(int(handle))
+        return handles
 
     def _describe(self, options: dict[str, Any], trained: int) -> ModelInfo:
         lib = self.lib
@@ -259,11 +263,12 @@ class LlamaModel:
             found = known[token_id] = buffer.raw[:count]
         return found
 
-    def logits(self, index: int = -1) -> Any:
-        """The logits of one output of the last decode as a numpy row [vocab]: llama.cpp's own memory, valid until the next."""
+    def logits(self, index: int = -1, ctx: int = 0) -> Any:
+        """The logits of one output of the last decode as a numpy row [vocab]: llama.cpp's own memory, valid until the next.
+        `ctx` is a context of `new_context`; 0 is the model's own."""
         import numpy as np
 
-        return np.ctypeslib.as_array(self.lib.llama_get_logits_ith(self.ctx, index), (self.n_vocab,))
+        return np.ctypeslib.as_array(self.lib.llama_get_logits_ith(ctx or self.ctx, index), (self.n_vocab,))
 
     def set_abort(self, callback: Any) -> None:
         """`callback` is an AbortCallback, or None for none. llama.cpp asks it before every graph node."""

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from modules import sampling as table
 from modules.engine import CancelToken, Engine
+from modules.errors import ContextLengthExceeded
 from modules.schema import Event, GenerationRequest, LoaderSpec, OptionSpec
 
 if TYPE_CHECKING:
     from loaders._hf_text import TextCodec
 
 BEAMS = frozenset({"num_beams", "length_penalty", "early_stopping"})
-# They need more of the model than one row of logits for each token.
-NEED_THE_MODEL = BEAMS | {"guidance_scale", "negative_prompt", "penalty_alpha", "prompt_lookup_num_tokens"}
+GUIDANCE = frozenset({"guidance_scale", "negative_prompt"})
+# They need hidden states, or a cache that goes back: more of the model than its next row of logits.
+NEED_THE_MODEL = BEAMS | {"penalty_alpha", "prompt_lookup_num_tokens"}
+
+Encode = Callable[[str, bool], list[int]]
 
 THREADS = OptionSpec("threads", "int", 0, "CPU threads; 0 is one per core.", minimum=0, maximum=1024)
 
@@ -29,6 +33,25 @@ def ctx_size(text: str = "Context length in tokens; 0 is the model's own.") -> O
 def prefill_chunk(default: int) -> OptionSpec:
     text = "Tokens per step of the prefill."
     return OptionSpec("prefill_chunk", "int", default, text, minimum=16, maximum=65_536, advanced=True)
+
+
+def guidance_of(sampling: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of guidance that are on; empty without it."""
+    return {name: value for name, value in table.active(sampling).items() if name in GUIDANCE}
+
+
+def negative_ids(guidance: Mapping[str, Any], encode: Encode, prompt: Sequence[int], context: int, answer: int) -> list[int]:
+    """The negative prompt's ids; without one the prompt's last token stands for it, as in HF transformers.
+
+    Raises ContextLengthExceeded where the longest answer does not fit behind it.
+    """
+    negative = encode(guidance["negative_prompt"], False) if "negative_prompt" in guidance else []
+    negative = negative or list(prompt[-1:])
+    if len(negative) + answer > context:
+        raise ContextLengthExceeded(
+            "The negative prompt leaves no room for the answer.", hint="Shorten it.", param="negative_prompt"
+        )
+    return negative
 
 
 def native_parameters(spec: LoaderSpec, sampling: dict[str, Any]) -> dict[str, Any]:

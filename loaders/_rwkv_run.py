@@ -27,16 +27,18 @@ class RwkvRunner(HfRunner):
     def __init__(self, loaded: Loaded, options: dict[str, Any]) -> None:
         self._states = StateCache(options["state_cache_mb"] * _MB, options["state_every"])
         super().__init__(loaded, prefill_chunk=options["prefill_chunk"])
+        self._prefix = self._states
         self._step(self._prompt_of_one() * 2, 1)  # several tokens at once are another path: it, too, is set up now
         self._states.forget()
 
     def _new_prefix(self) -> StateCache:
-        return self._states
+        """A state of its own, of which no copies are kept."""
+        return StateCache(0, self._states.every)
 
-    def _assembler(self, request: GenerationRequest, ids: list[int], constraint: Constraint | None = None) -> TokenAssembler:
+    def assembler(self, request: GenerationRequest, ids: list[int], constraint: Constraint | None = None) -> TokenAssembler:
         codec: Any = self.text
         if not isinstance(codec, ByteCodec):
-            return super()._assembler(request, ids, constraint)
+            return super().assembler(request, ids, constraint)
         skip = bool(request.sampling.get("skip_special_tokens", True))
         detokenizer = ByteDetokenizer(lambda token: codec.piece(token, skip))
         return TokenAssembler(request, detokenizer, self._eos_ids, self.info.context_length - len(ids), constraint)
@@ -45,7 +47,7 @@ class RwkvRunner(HfRunner):
         """(tokens read, logits of the last of them) after each chunk. States are kept on the way and before the last token."""
         position, last, every = cached, len(ids) - 1, self._states.every
         while position < len(ids) and not cancel.cancelled:
-            ends = (position + self._chunk, position - position % every + every, last if position < last else len(ids))
+            ends = (position + self.chunk, position - position % every + every, last if position < last else len(ids))
             chunk = ids[position : min(ends)]
             logits = self._step(chunk, 1)
             position += len(chunk)
@@ -53,14 +55,13 @@ class RwkvRunner(HfRunner):
                 self._states.keep(place=False)
             yield position, logits if position == len(ids) else None
 
-    def _step(self, ids: list[int], keep: int) -> Any:
+    def forward(self, prefix: Any, ids: list[int], keep: int) -> Any:
         """Read the next `ids`; the logits of the last `keep` positions: [vocab] for 1, else [keep, vocab]."""
-        states = self._states
         with self._torch.inference_mode():
-            logits, states.state = self._model.forward(ids, states.state, keep > 1)
-        states.ids.extend(ids)
-        if states.due():
-            states.keep(place=True)
+            logits, prefix.state = self.model.forward(ids, prefix.state, keep > 1)
+        prefix.ids.extend(ids)
+        if prefix.due():
+            prefix.keep(place=True)
         return logits
 
     def score(self, token_ids: Sequence[int]) -> list[float]:
@@ -74,15 +75,15 @@ class RwkvRunner(HfRunner):
         scores: list[float] = []
         state = None
         try:
-            for start in range(0, max(len(ids) - 1, 0), self._chunk):
-                chunk = ids[start : min(start + self._chunk, len(ids) - 1)]
+            for start in range(0, max(len(ids) - 1, 0), self.chunk):
+                chunk = ids[start : min(start + self.chunk, len(ids) - 1)]
                 with self._torch.inference_mode():
-                    rows, state = self._model.forward(chunk, state, True)
+                    rows, state = self.model.forward(chunk, state, True)
                     rows = rows.float().reshape(len(chunk), -1)
                     wanted = self._torch.tensor(ids[start + 1 : start + 1 + len(chunk)], device=rows.device)
                     scores.extend((rows.gather(1, wanted[:, None])[:, 0] - rows.logsumexp(dim=1)).tolist())
         except Exception as error:
-            self._raise_typed(error)
+            self.raise_typed(error)
         return scores
 
     def _score_beside(self, ids: list[int]) -> list[float]:

@@ -28,7 +28,7 @@ SPEC = LoaderSpec(
     engine="loaders.exllama:ExllamaEngine",
     summary="4-bit GPTQ and EXL2 checkpoints through exllamav2, EXL3 through exllamav3, on NVIDIA GPUs.",
     formats={"exl3": 100, "exl2": 100, "gptq": 80},
-    samplers=hf.SPEC.samplers - BEAMS,
+    samplers=hf.SPEC.samplers - BEAMS - {"penalty_alpha"},  # exllama gives no hidden states
     options=(
         ctx_size(),
         OptionSpec(

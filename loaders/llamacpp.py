@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from loaders._llama_memory import MOST_CONTEXT_BY_DEFAULT
 from loaders._llama_memory import estimate as estimate
 from loaders._llama_memory import settings as settings
-from loaders._logits import NEED_THE_MODEL, ctx_size
+from loaders._logits import NEED_THE_MODEL, ctx_size, guidance_of
 from modules import sampling as table
 from modules.engine import CancelToken, Engine, Progress
 from modules.errors import BackendUnavailable, InvalidGrammar, UnsupportedParameter
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from loaders._xllamacpp_server import ServerModel
 
 _CACHE_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl")
+
+_NO_GUIDANCE = "llama.cpp's server reads one prompt for each answer; guidance needs two."
 
 SPEC = LoaderSpec(
     name="llamacpp",
@@ -152,7 +154,8 @@ def to_native(sampling: dict[str, Any], *, grammar: bool = False) -> dict[str, A
 
     honoured, ignored = table.split_supported(sampling, SPEC.samplers, SPEC.title)
     made = plan(honoured, grammar=grammar)
-    return {"samplers": list(made.samplers), "applied": made.applied, "ignored": ignored | made.ignored, "ours": made.ours}
+    applied = made.applied | guidance_of(honoured)
+    return {"samplers": list(made.samplers), "applied": applied, "ignored": ignored | made.ignored, "ours": made.ours}
 
 
 class LlamaCppEngine(Engine):
@@ -214,6 +217,8 @@ class LlamaCppEngine(Engine):
     def generate(self, request: GenerationRequest, cancel: CancelToken) -> Iterator[Event | None]:
         _, ignored = table.split_supported(request.sampling, SPEC.samplers, SPEC.title)
         runner = self.runner
+        if self._by_server:
+            ignored |= dict.fromkeys(guidance_of(request.sampling), _NO_GUIDANCE)
         if self._by_server or find_spec("llguidance") is None:
             yield from runner.generate(request, cancel, self._grammar_of(request), ignored)
             return

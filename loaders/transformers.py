@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from modules.engine import CancelToken, Progress
     from modules.schema import Event, GenerationRequest, ModelInfo
 
-_NOT_YET = frozenset({"penalty_alpha"})
 # What beam search honours beside its own parameters, under generate()'s names.
 _WITH_BEAMS = {
     "repetition_penalty": "repetition_penalty",
@@ -37,7 +36,7 @@ SPEC = LoaderSpec(
     engine="loaders.transformers:TransformersEngine",
     summary="Hugging Face models as they come (safetensors), on CPU or GPU, also in 8 and 4 bits by bitsandbytes.",
     formats={"hf": 100},
-    samplers=frozenset(table.PARAMETERS) - _NOT_YET,
+    samplers=frozenset(table.PARAMETERS),
     options=(
         ctx_size(),
         OptionSpec(
@@ -181,4 +180,6 @@ class TransformersEngine(LogitsEngine):
             return
         if request.grammar is not None or request.json_schema is not None or request.regex is not None:
             raise UnsupportedParameter("Beam search can't be held to a form.", hint="Leave num_beams out.", param="num_beams")
-        yield from self._runner.beam_search(request, cancel, native["generate"], native["ignored"])
+        from loaders._hf_beams import beam_search
+
+        yield from beam_search(self._runner, request, cancel, native["generate"], native["ignored"])

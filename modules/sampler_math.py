@@ -46,6 +46,12 @@ def _descending(values: Floats) -> Indices:
     return np.asarray(np.argsort(-values, kind="stable"))
 
 
+def guided(logits: Floats, negative: Floats, scale: float) -> Floats:
+    """Classifier-free guidance (Sanchez et al. 2023) on log-softmax scores: negative + scale * (positive - negative)."""
+    calm = log_softmax(negative)
+    return np.asarray(calm + scale * (log_softmax(logits) - calm))
+
+
 def likeliest(values: Floats, count: int) -> Indices:
     """The positions of the `count` largest values, largest first."""
     if count >= values.size:

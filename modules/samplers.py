@@ -34,7 +34,7 @@ SUPPORTED = frozenset(sampling.PARAMETERS) - {
 }
 _TEMPERATURES = ("temperature", "dynamic_temperature", "quadratic_sampling")
 # Parameters that only choose among likely tokens: greedy takes the likeliest whatever they say.
-_CHOOSERS = frozenset(
+CHOOSERS = frozenset(
     "top_k top_p min_p typical_p tfs top_a epsilon_cutoff eta_cutoff top_n_sigma xtc_probability dynamic_temperature "
     "smoothing_factor mirostat_mode adaptive_target".split()
 )
@@ -61,7 +61,7 @@ def order(params: Mapping[str, Any]) -> tuple[str, ...]:
 
 def ignored_when_greedy(active: Mapping[str, Any]) -> dict[str, str]:
     """What a greedy run does not look at, with the reason."""
-    return {name: _GREEDY for name in active if name in _CHOOSERS}
+    return {name: _GREEDY for name in active if name in CHOOSERS}
 
 
 class SequenceBreakers:
@@ -179,6 +179,23 @@ class SamplerChain:
 
     def sample(self, logits: sm.Floats, *, ban_ends: bool = False) -> int:
         """The next token from one row of logits [vocab]. `ban_ends` forbids the end tokens (a minimum length)."""
+        candidates = self._candidates(logits, ban_ends)
+        position = int(candidates.logits.argmax()) if self.greedy else self._draw(candidates.logits)
+        token = position if candidates.ids is None else int(candidates.ids[position])
+        self.accept(token)
+        return token
+
+    def likeliest(self, logits: sm.Floats, count: int, *, ban_ends: bool = False) -> tuple[sm.Indices, sm.Floats]:
+        """At most `count` tokens, the likeliest first, and the probability of each among all, after every step of this chain:
+        for a search that picks by more than that, and calls `accept` for what it picked."""
+        candidates = self._candidates(logits, ban_ends)
+        chances = sm.softmax(candidates.logits)
+        best = sm.likeliest(candidates.logits, count)
+        best = best[np.isfinite(candidates.logits[best])]
+        return best if candidates.ids is None else candidates.ids[best], chances[best]
+
+    def _candidates(self, logits: sm.Floats, ban_ends: bool) -> _Candidates:
+        """What is left of a row of logits after the constraint, the bans and the steps."""
         candidates = _Candidates(logits)
         if self._bias is not None:
             tokens, values = self._bias
@@ -192,10 +209,7 @@ class SamplerChain:
             candidates.ban(self._eos_ids.tolist())
         for step in self._steps:
             step(candidates)
-        position = int(candidates.logits.argmax()) if self.greedy else self._draw(candidates.logits)
-        token = position if candidates.ids is None else int(candidates.ids[position])
-        self.accept(token)
-        return token
+        return candidates
 
     def accept(self, token: int) -> None:
         """Note a chosen token (`sample` does; a loader calls it for a token it took itself)."""

@@ -166,7 +166,7 @@ ROWS = (
         {"engine": "xllamacpp_server", "threads": 1},
         _STORIES,
         "xllamacpp",
-        lacks=frozenset({"score", "echo", "min_tokens", "all_samplers", "regex", "embeddings"}),
+        lacks=frozenset({"score", "echo", "min_tokens", "all_samplers", "regex", "embeddings", "guidance"}),
     ),
     Row("rwkv-wren", "rwkv", _bundled("wren-rwkv-7m"), {"threads": 1}, "the bundled RWKV"),
     Row("rwkv-tiny", "rwkv", _tiny_rwkv, {"threads": 1, "ctx_size": 512}, "the data folder ../shared (tiny-rwkv)", variant=True),

@@ -89,8 +89,8 @@ def test_what_the_percentages_promise() -> None:
 
 
 def test_samplers() -> None:
-    native = FlexGenEngine.to_native({"temperature": 0.5, "top_k": 3, "guidance_scale": 2.0})
-    assert native["sampler"] == {"temperature": 0.5, "top_k": 3} and list(native["ignored"]) == ["guidance_scale"]
+    native = FlexGenEngine.to_native({"temperature": 0.5, "top_k": 3, "penalty_alpha": 0.6})
+    assert native["sampler"] == {"temperature": 0.5, "top_k": 3} and list(native["ignored"]) == ["penalty_alpha"]
 
 
 def test_a_llama_is_not_offered_to_flexgen(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from loaders import _hf_load
+from loaders._hf_contrast import MOST_CANDIDATES, settings
 from loaders.transformers import SPEC, TransformersEngine
 from modules import sampling
 from modules.errors import CorruptModel, IncompatibleModel, InvalidParameter, LoadError, LoadOutOfMemory, UnsafeModel
@@ -38,9 +39,17 @@ def test_beams_go_to_generate_and_samplers_are_reported() -> None:
     assert set(made["ignored"]) == {"temperature"}
 
 
-def test_what_is_not_there_is_reported() -> None:
-    assert "penalty_alpha" not in SPEC.samplers
-    assert "Transformers" in native(penalty_alpha=0.6)["ignored"]["penalty_alpha"]
+def test_contrastive_search_says_what_it_leaves_aside() -> None:
+    chosen, left, ignored = settings(
+        sampling.check({"penalty_alpha": 0.6, "top_k": 4, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.2})
+    )
+    assert chosen == (0.6, 4) and left == {"repetition_penalty": 1.2, "temperature": 0.0}
+    assert set(ignored) == {"temperature", "top_p"} and all(ignored.values())
+    assert settings(sampling.check({"penalty_alpha": 0.6, "top_k": 1000}))[0] == (0.6, MOST_CANDIDATES)
+    for few in ({}, {"top_k": 1}, {"top_k": 0}):
+        chosen, left, ignored = settings(sampling.check({"penalty_alpha": 0.6, **few}))
+        assert chosen is None and "top_k" in ignored["penalty_alpha"]
+    assert settings({"top_k": 4}) == (None, {"top_k": 4}, {})
 
 
 def test_every_parameter_is_honoured_or_reported() -> None:
