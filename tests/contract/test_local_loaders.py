@@ -253,6 +253,7 @@ def test_drafts_from_the_prompt_change_nothing(bench: Bench, values: dict[str, A
 def test_guidance_leads_away_from_the_negative_prompt(bench: Bench) -> None:
     if "guidance_scale" not in bench.spec.samplers:
         pytest.skip(f"{bench.spec.title} has no guidance")
+    needs(bench, "guidance")
     greedy = {"temperature": 0.0}
     plain = bench.generate(STORY, sampling=greedy, stop=LONG)
     same = bench.generate(
