@@ -23,8 +23,7 @@ from common import ROOT, report
 
 from modules.overlays import Overlays
 
-# What is recommended for quality: act-order with fixed groups costs nothing at run time, and such files can become GGUF.
-BEST = {"desc_act": True, "static_groups": True, "mse": True}
+PLAIN = {"desc_act": False, "static_groups": False}
 
 
 def wanted_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -34,9 +33,10 @@ def wanted_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         shape = {"bits": bits, "group_size": group}
         calibration = {"nsamples": arguments.nsamples, "seqlen": 512}
         rows.append({"label": "RTN", "method": "rtn"} | shape)
+        rows.append({"label": "GPTQ, plain order", "method": "gptq"} | shape | calibration | PLAIN)
         rows.append({"label": "GPTQ", "method": "gptq"} | shape | calibration)
-        if group > 0 and bits < 8:
-            rows.append({"label": "GPTQ, act-order, MSE", "method": "gptq"} | shape | calibration | BEST)
+        if bits < 8:
+            rows.append({"label": "GPTQ, MSE", "method": "gptq", "mse": True} | shape | calibration)
     return rows
 
 
@@ -44,7 +44,8 @@ def run(python: Path, script: str, job: dict[str, Any], folder: Path) -> dict[st
     path = folder / "job.json"
     path.write_text(json.dumps(job), encoding="utf-8")
     command = [str(python), str(ROOT / "benchmarks" / script), str(path)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, encoding="utf-8", check=False)
+    # in the folder: GPTQModel leaves its logs where it runs
+    done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, encoding="utf-8", check=False)
     if done.returncode:
         raise SystemExit(f"{script} failed")
     return dict(json.loads(done.stdout.splitlines()[-1]))
@@ -74,7 +75,7 @@ def damages(rows: list[dict[str, Any]]) -> None:
         lost = same["RTN"]["ppl"] - rows[0]["ppl"]
         row["damage"] = (row["ppl"] - rows[0]["ppl"]) / lost if lost > 0 else None
         if row["method"] == "gptqmodel":
-            row["ours_over_theirs"] = same["GPTQ"]["ppl"] / row["ppl"]
+            row["ours_over_theirs"] = same["GPTQ, plain order"]["ppl"] / row["ppl"]
 
 
 def rounded(row: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from sample_text import sample_text  # noqa: E402
 from loaders._gptq_load import load  # noqa: E402
 from loaders.gptq_for_llama import SPEC  # noqa: E402
 from modules.quantize import _job  # noqa: E402
-from modules.quantize.settings import QuantizeSettings  # noqa: E402
+from modules.quantize.settings import complete_settings  # noqa: E402
 
 DECODED = 64
 
@@ -98,7 +98,7 @@ def one(wanted: dict[str, Any], job: dict[str, Any], windows: torch.Tensor, prom
     out = Path(wanted.get("made") or Path(job["folder"]) / "out")
     row = {key: wanted[key] for key in ("label", "method", "bits", "group_size")}
     if not wanted.get("made"):
-        settings = QuantizeSettings(**{key: value for key, value in wanted.items() if key != "label"})
+        settings = complete_settings({key: value for key, value in wanted.items() if key != "label"})
         started = time.perf_counter()
         _job.run(_job.Job(Path(job["base"]), out, settings, resume=False, overwrite=True), lambda event: None)
         row["quantize_s"] = round(time.perf_counter() - started, 1)

@@ -30,7 +30,9 @@ def run(python: Path, job: dict[str, Any], folder: Path) -> dict[str, Any]:
     path = folder / "job.json"
     path.write_text(json.dumps(job), encoding="utf-8")
     script = str(ROOT / "benchmarks" / "quantize_run.py")
-    done = subprocess.run([str(python), script, str(path)], capture_output=True, text=True, encoding="utf-8", check=False)
+    # in the folder: GPTQModel leaves its logs where it runs
+    command = [str(python), script, str(path)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, encoding="utf-8", check=False)
     if done.returncode:
         raise SystemExit(f"{job['engine']} failed:\n{done.stderr[-3000:]}")
     return dict(json.loads(done.stdout.splitlines()[-1]))

@@ -21,7 +21,7 @@ from modules.events import EventBus, revision
 from modules.overlays import read_json, write_json
 from modules.paths import confine
 from modules.quantize.process import QuantizeJob, default_out, quantize
-from modules.quantize.settings import QuantizeSettings, check_settings
+from modules.quantize.settings import QuantizeSettings, check_settings, complete_settings
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -267,7 +267,7 @@ def settings_of(values: dict[str, Any]) -> QuantizeSettings:
         kinds = (int, float) if isinstance(default, float) else (type(default),)
         if isinstance(value, bool) != isinstance(default, bool) or not isinstance(value, kinds):
             raise InvalidParameter(f"{name} is of the wrong kind.", param=name)
-    settings = QuantizeSettings(**values)
+    settings = complete_settings(values)
     check_settings(settings)
     return settings
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
@@ -14,7 +13,7 @@ from modules.errors import AppError, InvalidParameter
 from modules.evaluate import texts
 from modules.paths import confine
 from modules.quantizations import check_source
-from modules.quantize.settings import BITS, ENGINES, GROUP_SIZES, METHODS, QuantizeSettings
+from modules.quantize.settings import BITS, ENGINES, GROUP_SIZES, METHODS, complete_settings
 
 if TYPE_CHECKING:
     from modules.services import Services
@@ -36,7 +35,7 @@ def build_router(services: Services) -> APIRouter:
             {
                 "jobs": jobs.jobs(),
                 "models": await asyncio.to_thread(_sources, services),
-                "defaults": dataclasses.asdict(QuantizeSettings()),
+                "defaults": complete_settings({}).to_dict(),
                 "choices": {"bits": BITS, "group_size": GROUP_SIZES, "method": METHODS, "device": DEVICES, "engine": ENGINES},
                 "calibration": [entry["name"] for entry in await asyncio.to_thread(texts.listed, folders) if entry.get("own")],
             }

@@ -123,14 +123,14 @@ def write_weights(folder: Path, sources: list[Source], shard_bytes: int = SHARD_
 def quantize_config(settings: QuantizeSettings, damp: float) -> dict[str, Any]:
     """What AutoGPTQ, GPTQModel, transformers and vLLM look for.
 
-    To them desc_act means that inputs are scattered over the groups, which costs time. With static groups they are in order,
-    whatever the order of quantising was: that stands under "meta".
+    To them desc_act means that inputs are scattered over the groups, which costs time. With static groups or a single one they
+    are in order, whatever the order of quantising was: that stands under "meta".
     """
     return {
         "bits": settings.bits,
         "group_size": settings.group_size,
         "damp_percent": damp,
-        "desc_act": settings.desc_act and not settings.static_groups,
+        "desc_act": settings.scattered,
         "static_groups": settings.static_groups,
         "sym": settings.sym,
         "lm_head": False,

@@ -12,7 +12,7 @@ from modules.detect import find_model
 from modules.errors import AppError, IncompatibleModel
 from modules.quantize.process import QuantizeJob, default_out, quantize
 from modules.quantize.provenance import described, read_provenance
-from modules.quantize.settings import BITS, ENGINES, FORMATS, GROUP_SIZES, METHODS, QuantizeSettings
+from modules.quantize.settings import BITS, ENGINES, FORMATS, GROUP_SIZES, METHODS, QuantizeSettings, complete_settings
 
 if TYPE_CHECKING:
     from modules.schema import ModelFiles
@@ -36,9 +36,15 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument(
         "--engine", choices=ENGINES, default=defaults.engine, help="who quantises: this product, or the auto-gptq package"
     )
-    parser.add_argument("--desc-act", action="store_true", help="quantise columns by falling activation (act-order)")
     parser.add_argument(
-        "--static-groups", action="store_true", help="fix all groups' scales first; with --desc-act: no cost at run time"
+        "--desc-act",
+        action=argparse.BooleanOptionalAction,
+        help="quantise inputs by falling activation (act-order); default: with --static-groups, so that it costs nothing later",
+    )
+    parser.add_argument(
+        "--static-groups",
+        action=argparse.BooleanOptionalAction,
+        help="fix all groups' scales first; default: with --desc-act, unless only one of the two is given",
     )
     parser.add_argument("--sym", action=argparse.BooleanOptionalAction, default=defaults.sym, help="symmetric grids")
     parser.add_argument("--asym", action="store_false", dest="sym", help="grids with a zero point of their own (--no-sym)")
@@ -90,22 +96,23 @@ def run(args: argparse.Namespace, config: Any) -> int:
 
 def settings_of(args: argparse.Namespace) -> QuantizeSettings:
     calibration = args.calibration if args.calibration == "bundled" else str(Path(args.calibration).expanduser().resolve())
-    return QuantizeSettings(
-        bits=args.bits,
-        group_size=args.group_size,
-        method=args.method,
-        engine=args.engine,
-        desc_act=args.desc_act,
-        static_groups=args.static_groups,
-        sym=args.sym,
-        true_sequential=args.true_sequential,
-        damp_percent=args.damp,
-        mse=args.mse,
-        calibration=calibration,
-        nsamples=args.nsamples,
-        seqlen=args.seqlen,
-        checkpoint_format=args.checkpoint_format,
-    )
+    given = {
+        "bits": args.bits,
+        "group_size": args.group_size,
+        "method": args.method,
+        "engine": args.engine,
+        "desc_act": args.desc_act,
+        "static_groups": args.static_groups,
+        "sym": args.sym,
+        "true_sequential": args.true_sequential,
+        "damp_percent": args.damp,
+        "mse": args.mse,
+        "calibration": calibration,
+        "nsamples": args.nsamples,
+        "seqlen": args.seqlen,
+        "checkpoint_format": args.checkpoint_format,
+    }
+    return complete_settings({name: value for name, value in given.items() if value is not None})
 
 
 async def _quantize(args: argparse.Namespace, config: Any) -> None:

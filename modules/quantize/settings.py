@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from math import gcd
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modules.errors import IncompatibleModel, InvalidParameter
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (-1, 32, 64, 128, 256)
@@ -48,7 +51,12 @@ class QuantizeSettings:
         """The part of a file name that says what this is: GPTQ-4bit-128g."""
         group = f"-{self.group_size}g" if self.group_size > 0 else ""
         name = self.method.upper() if self.engine == "switchyard" else "AutoGPTQ"
-        return f"{name}-{self.bits}bit{group}" + ("-actorder" if self.desc_act else "")
+        return f"{name}-{self.bits}bit{group}" + ("-actorder" if self.scattered else "")
+
+    @property
+    def scattered(self) -> bool:
+        """Whether act-order leaves the inputs of a group apart, so that a reader needs g_idx and pays for it."""
+        return self.desc_act and not self.static_groups and self.group_size > 0
 
     @property
     def maxq(self) -> int:
@@ -56,6 +64,15 @@ class QuantizeSettings:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def complete_settings(given: Mapping[str, Any]) -> QuantizeSettings:
+    """The settings asked for, the others at their defaults. Unless the order is asked for, GPTQ takes the inputs by falling
+    activation where that costs nothing at run time: with the groups fixed first, or with none."""
+    settings = QuantizeSettings(**given)
+    if "desc_act" in given or "static_groups" in given or (settings.method, settings.engine) != ("gptq", "switchyard"):
+        return settings
+    return dataclasses.replace(settings, desc_act=True, static_groups=settings.group_size > 0)
 
 
 def check_settings(settings: QuantizeSettings) -> None:

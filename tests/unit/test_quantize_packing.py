@@ -193,14 +193,20 @@ def _arguments(*words: str) -> argparse.Namespace:
 
 
 def test_command_line() -> None:
-    assert cli.settings_of(_arguments()) == QuantizeSettings()
+    assert cli.settings_of(_arguments()) == QuantizeSettings(desc_act=True, static_groups=True)
+    assert cli.settings_of(_arguments("--group-size", "-1")) == QuantizeSettings(group_size=-1, desc_act=True)
+    for words in (["--no-desc-act"], ["--no-static-groups"]):
+        assert cli.settings_of(_arguments(*words)) == QuantizeSettings()
+    assert cli.settings_of(_arguments("--method", "rtn")) == QuantizeSettings(method="rtn")
+    assert cli.settings_of(_arguments("--desc-act")) == QuantizeSettings(desc_act=True)
     settings = cli.settings_of(
         _arguments("--bits", "3", "--group-size", "-1", "--asym", "--desc-act", "--no-true-sequential", "--damp", "0.1", "--mse")
     )
     assert settings == QuantizeSettings(
         bits=3, group_size=-1, sym=False, desc_act=True, true_sequential=False, damp_percent=0.1, mse=True
     )
-    assert default_out(Path("models/wren"), settings) == Path("models/wren-GPTQ-3bit-actorder")
+    assert default_out(Path("models/wren"), settings) == Path("models/wren-GPTQ-3bit")
+    assert default_out(Path("m/wren"), QuantizeSettings(desc_act=True)) == Path("m/wren-GPTQ-4bit-128g-actorder")
 
 
 def test_the_server_knows_the_subcommand() -> None:

@@ -13,7 +13,7 @@ import { fail, toast } from './toast.js';
 const GROUP_WORDS = { '-1': 'One per column', 32: '32', 64: '64', 128: '128', 256: '256' };
 const STATES = { queued: 'Waiting', running: 'Running', done: 'Done', failed: 'Failed', cancelled: 'Stopped', interrupted: 'Interrupted' };
 const TICKS = [
-  ['desc_act', 'Act-order', 'Quantise the inputs with the largest activations first. Often better at 3 bits and less; a little slower to run.'],
+  ['desc_act', 'Act-order', 'Quantise the inputs with the largest activations first: less is lost. Costs nothing later with static groups, a little speed without.'],
   ['sym', 'Symmetric', 'One zero point for all groups. Off: each group has its own, a little better and read by fewer kernels.'],
   ['true_sequential', 'True sequential', 'Within a block each layer sees the quantised ones before it.'],
   ['static_groups', 'Static groups', 'Fix all groups’ scales first, so that act-order keeps the groups in order.'],
@@ -62,12 +62,12 @@ class QuantizePage {
   #drawForm() {
     this.drawn = true;
     const { defaults, choices } = this.data;
-    const chosen = () => this.#suggestName();
+    const chosen = () => this.#chosen();
     this.model = select([], null, { testid: 'quantize-model' });
     this.model.addEventListener('change', chosen);
     this.bits = bar('Bits', choices.bits.map((bits) => [bits, bits]), defaults.bits, { testid: 'quantize-bits', onchange: chosen });
     this.group = bar('Group size', choices.group_size.map((size) => [size, GROUP_WORDS[size] ?? size]), defaults.group_size, { testid: 'quantize-group', onchange: chosen });
-    this.method = bar('Method', [['gptq', 'GPTQ'], ['rtn', 'Round to nearest']], defaults.method, { testid: 'quantize-method', onchange: () => this.#methodChanged() });
+    this.method = bar('Method', [['gptq', 'GPTQ'], ['rtn', 'Round to nearest']], defaults.method, { testid: 'quantize-method', onchange: chosen });
     this.ticks = Object.fromEntries(TICKS.map(([name, label, note]) => [name, tick(label, defaults[name], { note, testid: `quantize-${name}`, onchange: chosen })]));
     this.calibration = select([], null, { testid: 'quantize-calibration' });
     this.nsamples = numberInput(defaults.nsamples, { min: 1, max: 100000 });
@@ -106,10 +106,13 @@ class QuantizePage {
     this.#suggestName();
   }
 
-  #methodChanged() {
+  // Only what can be combined is shown, and only what is shown counts.
+  #chosen() {
     const gptq = this.method.value === 'gptq';
     this.calibrated.hidden = !gptq;
-    for (const name of ['desc_act', 'static_groups', 'true_sequential']) this.ticks[name].hidden = !gptq;
+    for (const name of ['desc_act', 'true_sequential']) this.ticks[name].hidden = !gptq;
+    this.ticks.static_groups.hidden = !gptq || Number(this.group.value) < 0;
+    this.ticks.mse.hidden = this.engine.value === 'auto-gptq';
     this.#suggestName();
   }
 
@@ -117,13 +120,13 @@ class QuantizePage {
     const settings = this.#settings();
     const group = settings.group_size > 0 ? `-${settings.group_size}g` : '';
     const base = this.model.value.split('/').pop();
-    this.name.placeholder = base ? `${base}-${settings.engine === 'switchyard' ? settings.method.toUpperCase() : 'AutoGPTQ'}-${settings.bits}bit${group}${settings.desc_act ? '-actorder' : ''}` : '';
+    this.name.placeholder = base ? `${base}-${settings.engine === 'switchyard' ? settings.method.toUpperCase() : 'AutoGPTQ'}-${settings.bits}bit${group}${settings.desc_act && !settings.static_groups && settings.group_size > 0 ? '-actorder' : ''}` : '';
   }
 
   #settings() {
     const gptq = this.method.value === 'gptq';
-    const ticked = Object.fromEntries(Object.entries(this.ticks).map(([name, row]) => [name, row.input.checked]));
-    if (!gptq) Object.assign(ticked, { desc_act: false, static_groups: false, true_sequential: true });
+    const ticked = Object.fromEntries(Object.entries(this.ticks).map(([name, row]) => [name, !row.hidden && row.input.checked]));
+    if (!gptq) ticked.true_sequential = true;
     return {
       method: this.method.value, bits: Number(this.bits.value), group_size: Number(this.group.value), ...ticked,
       nsamples: Number(this.nsamples.value), seqlen: Number(this.seqlen.value), damp_percent: Number(this.damp.value), engine: this.engine.value, calibration: this.calibration.value,
