@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import secrets
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from modules.errors import AppError, ConfigError, Conflict, InvalidParameter, NotFound, StorageError
+from modules.private_file import write_private
 
 if TYPE_CHECKING:
     import argparse
@@ -114,18 +114,9 @@ class KeyStore:
 
     def _write(self, keys: tuple[Key, ...]) -> None:
         text = json.dumps({"keys": [asdict(key) for key in keys]}, indent=1, ensure_ascii=False) + "\n"
-        part = self.path.with_name(f"{FILE}.{os.getpid()}.part")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Nobody else may read it at any moment, so it is made with its mode and not changed to it.
-            descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-            with open(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, self.path)
+            write_private(self.path, text)
         except OSError as error:
-            part.unlink(missing_ok=True)
             raise StorageError(f"The key file could not be written: {error.strerror}.", hint="The keys are as before.") from error
         with self._mutex:
             self._stamp, self._looked_at = None, float("-inf")

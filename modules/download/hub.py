@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 from modules.download.plan import MAX_FILES, RepoFile
 from modules.errors import ConfigError, DownloadError, InvalidParameter
+from modules.reach import LINK_LOCAL, LOOPBACK, PUBLIC, reach_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,12 +72,8 @@ class Hub:
             raise DownloadError(
                 f"The hub redirects to {parts.hostname[:100]}, which can't be found.", hint="Check the network, then try again."
             ) from error
-        if target > home or (target == _LINK_LOCAL):
+        if target > home or (target == LINK_LOCAL):
             raise _bad_redirect("into this computer or its network")
-
-
-# How far inside a host is. A public hub may only redirect to public hosts, a hub on this machine also to itself.
-_PUBLIC, _PRIVATE, _LOOPBACK, _LINK_LOCAL = range(4)
 
 
 def _reach(host: str) -> int:
@@ -85,7 +82,7 @@ def _reach(host: str) -> int:
         addresses = [ipaddress.ip_address(host)]
     except ValueError:
         if host.lower() == "localhost":
-            return _LOOPBACK
+            return LOOPBACK
         try:
             addresses = [ipaddress.ip_address(row[4][0]) for row in socket.getaddrinfo(host, None)]
         except OSError:
@@ -93,20 +90,9 @@ def _reach(host: str) -> int:
                 os.environ.get(name)
                 for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "HTTP_PROXY", "http_proxy")
             ):
-                return _PUBLIC
+                return PUBLIC
             raise
-    return max(map(_reach_of, addresses), default=_PUBLIC)
-
-
-def _reach_of(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> int:
-    mapped = getattr(address, "ipv4_mapped", None)
-    if mapped is not None:
-        return _reach_of(mapped)
-    if address.is_link_local:
-        return _LINK_LOCAL
-    if address.is_loopback or address.is_unspecified:
-        return _LOOPBACK
-    return _PUBLIC if address.is_global else _PRIVATE
+    return max(map(reach_of, addresses), default=PUBLIC)
 
 
 def _origin(url: str) -> tuple[str, str, int]:
