@@ -10,6 +10,7 @@ import asyncio
 import json
 import subprocess
 import sys
+import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,10 +23,6 @@ if TYPE_CHECKING:
     from modules.config import Config
     from modules.schema import LoaderSpec, ModelFiles
 
-# What each loader that is still to come needs. A row goes when loaders/NAME.py lands.
-LATER = {
-    "remote": "the address of an OpenAI-compatible server",
-}
 ORDER = ("transformers", "llamacpp", "autogptq", "gptq_for_llama", "exllama", "rwkv", "flexgen", "remote", "echo")
 IMPORT_TIMEOUT_S = 180
 COMPILE_TIMEOUT_S = 1800  # for what compiles its CUDA kernels at the first import
@@ -93,7 +90,7 @@ def check(name: str, spec: LoaderSpec | None, overlays: Overlays, config: Config
     """One loader, up to its first no."""
     row = Row(name)
     if spec is None:
-        row.fix = f"arrives in a later release: needs {LATER.get(name, f'loaders/{name}.py')}"
+        row.fix = f"there is no loaders/{name}.py: update or reinstall the product"
         return row
     status = overlays.status(spec)
     row.installed = status.installed
@@ -169,12 +166,16 @@ def ending(status: int, stderr: str) -> str:
 
 
 def _check_smoke(row: Row, spec: LoaderSpec, overlays: Overlays, config: Config) -> None:
+    if spec.name == "remote":
+        problem = asyncio.run(_remote_smoke(row, spec, overlays, config))
+        row.smoke_ok, row.fix = problem is None, problem or ""
+        return
     model = smoke_model(spec, config)
     if model is None:
         formats = " or ".join(sorted(spec.formats))
         row.fix = f"{NO_MODEL}{formats} model to try it on: put one under {config.model_dir}"
         return
-    problem = asyncio.run(_smoke(row, spec, overlays, config, model))
+    problem = asyncio.run(_smoke(row, spec, overlays, config, model.path))
     row.smoke_ok = problem is None
     row.fix = problem or ""
 
@@ -189,12 +190,30 @@ def smoke_model(spec: LoaderSpec, config: Config) -> ModelFiles | None:
     return min(small, key=lambda model: (not model.bundled, model.size_bytes), default=None)
 
 
-async def _smoke(row: Row, spec: LoaderSpec, overlays: Overlays, config: Config, model: ModelFiles) -> str | None:
+async def _remote_smoke(row: Row, spec: LoaderSpec, overlays: Overlays, config: Config) -> str | None:
+    """Through a second server of our own; the saved servers are looked at, too, but a stranger's fault is no fault here."""
+    from modules.own_server import far_server
+    from modules.remotes.store import RemoteStore
+    from modules.remotes.watch import look
+
+    servers = await asyncio.to_thread(RemoteStore(config.user_data_dir).servers)
+    healths = await asyncio.gather(*(look(server, seconds=5.0) for server in servers))
+    row.note = "; ".join(
+        f"{server.name}: {f'{len(health.models)} models, {health.latency_ms} ms' if health.ok else health.error}"
+        for server, health in zip(servers, healths, strict=True)
+    )
+    with tempfile.TemporaryDirectory(prefix="switchyard-doctor-") as folder:
+        data = Path(folder)
+        async with far_server(data / "far", RemoteStore(data / "near"), "echo") as path:
+            return await _smoke(row, spec, overlays, config, path)
+
+
+async def _smoke(row: Row, spec: LoaderSpec, overlays: Overlays, config: Config, path: str) -> str | None:
     """None when a few tokens came, else what happened and what to do."""
     from modules.errors import AppError
 
     try:
-        return await asyncio.wait_for(_generate(row, spec, overlays, config, model), SMOKE_TIMEOUT_S)
+        return await asyncio.wait_for(_generate(row, spec, overlays, config, path), SMOKE_TIMEOUT_S)
     except asyncio.TimeoutError:
         return f"no answer within {SMOKE_TIMEOUT_S} s: {start_script()} install {spec.overlay or 'parent'}"
     except AppError as error:
@@ -202,14 +221,14 @@ async def _smoke(row: Row, spec: LoaderSpec, overlays: Overlays, config: Config,
         return " ".join([str(error), *tail])
 
 
-async def _generate(row: Row, spec: LoaderSpec, overlays: Overlays, config: Config, model: ModelFiles) -> str | None:
+async def _generate(row: Row, spec: LoaderSpec, overlays: Overlays, config: Config, path: str) -> str | None:
     from modules.engine_client import WorkerClient
     from modules.load_options import complete_options
     from modules.schema import Done, GenerationRequest, StopParams
 
     client = await WorkerClient.start(spec, overlays)
     try:
-        info = await client.load(model.path, complete_options(spec, config.options_for(spec.options)))
+        info = await client.load(path, complete_options(spec, config.options_for(spec.options)))
         if spec.name in ("gptq_for_llama", "autogptq"):  # the same loader is many times faster or slower by its kernel
             row.note = " ".join(filter(None, [info.engine, *info.notes]))
         request = GenerationRequest(
@@ -222,7 +241,7 @@ async def _generate(row: Row, spec: LoaderSpec, overlays: Overlays, config: Conf
         async for event in client.generate(request):
             if isinstance(event, Done):
                 tokens = event.usage.completion_tokens
-        return None if tokens else f"it generated nothing from {Path(model.path).name}: try another model"
+        return None if tokens else f"it generated nothing from {Path(path).name}: try another model"
     finally:
         await client.close()
 

@@ -8,6 +8,7 @@ and `token_text` may be called from another one while a generation runs and must
 from __future__ import annotations
 
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
@@ -79,6 +80,10 @@ class Engine(ABC):
     def embed(self, token_ids: Sequence[int]) -> list[float]:
         """One embedding vector of the whole sequence."""
         raise UnsupportedParameter(f"{self.spec.title} makes no embeddings.")
+
+    def wait_for_news(self) -> None:
+        """Pass a moment in which every running generation had nothing yet. At most 5 ms: a new request waits for it."""
+        time.sleep(0.0005)
 
     def memory_bytes(self) -> int | None:
         """Device memory beyond the process's own RSS (CUDA), None when there is none."""

@@ -89,6 +89,12 @@ class EngineClient(ABC):
     async def encode(self, text: str, add_special: bool = False) -> list[int]:
         return list(await self.call("encode", text=text, add_special=add_special))
 
+    async def count(self, text: str, add_special: bool = False) -> int:
+        """How many tokens a text has: an estimate, four bytes each, where the model's server does not tell (`info.lacks`)."""
+        if self.info is not None and "tokenizer" in self.info.lacks:
+            return -(-len(text.encode("utf-8", "replace")) // 4)
+        return len(await self.encode(text, add_special))
+
     async def decode(self, token_ids: Sequence[int], skip_special: bool = True) -> str:
         return str(await self.call("decode", token_ids=list(token_ids), skip_special=skip_special))
 

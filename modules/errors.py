@@ -11,7 +11,9 @@
      │  └ UnknownFormat · BackendUnavailable · IncompatibleModel · CorruptModel · UnsafeModel · InstallFailed
      │  · LoadOutOfMemory (CannotFit: known before the load)
      ├ EngineError
-     │  └ GenerationFailed · GenerateOutOfMemory · EngineTimeout · ProtocolError · EngineDead
+     │  ├ GenerationFailed · GenerateOutOfMemory · EngineTimeout · ProtocolError · EngineDead
+     │  └ RemoteError
+     │     └ RemoteBusy
      ├ DownloadError
      └ StorageError
         └ StorageFull · StorageReadOnly · StoreLocked · StoreCorrupt
@@ -240,6 +242,20 @@ class EngineDead(EngineError):
 
     code = "worker_crashed"
     http_status = 502
+
+
+class RemoteError(EngineError):
+    """A remote server did not do its part: out of reach, refused the key, or answered what no such server should."""
+
+    code = "remote_error"
+    http_status = 502
+
+
+class RemoteBusy(RemoteError):
+    """A remote server asks to come back later. `detail`: retry_after, in seconds, where it said so."""
+
+    code = "remote_busy"
+    http_status = 503
 
 
 class DownloadError(AppError):

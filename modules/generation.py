@@ -39,11 +39,13 @@ Prepare = Callable[["Resident", "EngineClient"], Awaitable[GenerationRequest]]
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """New text. `offset_end` is the number of characters so far, this text included."""
+    """New text. `offset_end` is the number of characters so far, this text included. `token_ids` are the tokens decoded since the
+    Delta before, those whose text is still held back among them."""
 
     offset_end: int
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
+    token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,8 @@ class Run:
         self._prepare = prepare
         self._parts: list[str] = []
         self._logprobs: dict[int, tuple[TokenLogprob, ...]] = {}
+        self._ids: list[tuple[int, ...]] = []  # of each part
+        self._ids_held: tuple[int, ...] = ()  # of tokens that have shown no text yet
         self._tokens = 0
         self._waiters: list[asyncio.Future[None]] = []
         self._version = 0
@@ -144,8 +148,9 @@ class Run:
                 logprobs: tuple[TokenLogprob, ...] = ()
                 if self._logprobs:
                     logprobs = tuple(p for i in range(index, end) for p in self._logprobs.get(i, ()))
+                ids = self._ids[index] if end - index == 1 else tuple(i for part in self._ids[index:end] for i in part)
                 index, skip = end, 0
-                yield Delta(offset, text, logprobs)
+                yield Delta(offset, text, logprobs, ids)
             elif told != self._version:
                 continue
             elif self.done:
@@ -245,8 +250,11 @@ class Run:
                     if event.logprobs:
                         self._logprobs[len(parts)] = event.logprobs
                     elif not text:
+                        self._ids_held += event.token_ids
                         continue
                     parts.append(text)
+                    self._ids.append(self._ids_held + event.token_ids if self._ids_held else event.token_ids)
+                    self._ids_held = ()
                     self.length += len(text)
                     if waiters:
                         self._wake()
@@ -260,6 +268,10 @@ class Run:
             await events.aclose()  # type: ignore[attr-defined]
 
     def _complete(self, done: Done) -> None:
+        if self._ids_held:  # the last tokens had no text
+            self._parts.append("")
+            self._ids.append(self._ids_held)
+            self._ids_held = ()
         self.usage, self.timings, self.stop_match = done.usage, done.timings, done.stop_match
         self._finish(done.finish_reason, done)
 

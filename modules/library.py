@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from modules.remotes.store import PREFIX
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
+    from modules.remotes.watch import Remotes
     from modules.schema import LoaderSpec, ModelFiles
 
 
@@ -26,10 +29,11 @@ class Library(Protocol):
 
 
 class LocalLibrary:
-    """Models below `dirs`, beside the built-in ones of `specs` (echo)."""
+    """Models below `dirs`, beside those of remote servers and the built-in ones of `specs` (echo)."""
 
-    def __init__(self, dirs: Sequence[Path], specs: Iterable[LoaderSpec]) -> None:
+    def __init__(self, dirs: Sequence[Path], specs: Iterable[LoaderSpec], remotes: Remotes | None = None) -> None:
         self._dirs = [Path(d) for d in dirs]
+        self._remotes = remotes
         self._admitted: dict[str, ModelFiles] = {}
         self._builtin = {model.id: model for spec in specs for model in spec.builtin}
 
@@ -41,11 +45,14 @@ class LocalLibrary:
         from modules import detect
 
         found = [model for model in detect.list_models(self._dirs) if model.id not in self._builtin]
-        return [*found, *self._admitted.values(), *self._builtin.values()]
+        elsewhere = self._remotes.models() if self._remotes is not None else []
+        return [*found, *self._admitted.values(), *elsewhere, *self._builtin.values()]
 
     def find(self, name: str) -> ModelFiles:
         from modules import detect
 
+        if self._remotes is not None and name.startswith(PREFIX):
+            return self._remotes.find(name)
         return self._builtin.get(name) or self._admitted.get(name) or detect.find_model(name, self._dirs)
 
     def admit(self, name: str) -> ModelFiles:
@@ -55,8 +62,8 @@ class LocalLibrary:
         """
         from modules import detect
 
-        if name in self._builtin:
-            return self._builtin[name]
+        if name in self._builtin or name.startswith(PREFIX):
+            return self.find(name)
         model = detect.find_model(name, self._dirs, allow_paths=True)
         if all(model.id != listed.id for listed in detect.list_models(self._dirs)):
             self._admitted[model.id] = model
@@ -65,7 +72,7 @@ class LocalLibrary:
     def check(self, model: ModelFiles) -> None:
         from modules import detect
 
-        if model.id not in self._builtin:
+        if model.id not in self._builtin and model.format != "remote":
             detect.check(model.path)
 
     def bundled(self) -> Sequence[ModelFiles]:

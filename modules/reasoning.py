@@ -18,9 +18,11 @@ class Marks:
     both: bool = False  # the closing mark alone says nothing: others use it, too
 
 
+THINK = Marks("<think>", "</think>")
+
 # The first whose closing mark a template holds is the model's.
 KNOWN = (
-    Marks("<think>", "</think>"),  # DeepSeek R1, Qwen 3, GLM, MiniMax, SmolLM 3
+    THINK,  # DeepSeek R1, Qwen 3, GLM, MiniMax, SmolLM 3
     Marks("<seed:think>", "</seed:think>"),  # Seed-OSS
     Marks("[THINK]", "[/THINK]", special=True),  # Magistral
     Marks("<|START_THINKING|>", "<|END_THINKING|>", special=True),  # Command A Reasoning

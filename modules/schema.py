@@ -34,8 +34,24 @@ class StopParams:
 
 
 @dataclass(frozen=True, slots=True)
+class ChatInput:
+    """A conversation for an engine that has a chat template of its own (feature "messages"): what would have been rendered.
+
+    `messages` as in `modules.api.turn.Turn`. `tools` are OpenAI's, `tool_choice` its word or the name of a function. `continued`:
+    the last message, the assistant's, is to be gone on with. `variables` are for the template.
+    """
+
+    messages: tuple[dict[str, Any], ...]
+    tools: tuple[dict[str, Any], ...] = ()
+    tool_choice: str = "auto"
+    parallel_tools: bool = True
+    continued: bool = False
+    variables: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class GenerationRequest:
-    """One generation. Exactly one of `prompt` and `token_ids` is set.
+    """One generation. Exactly one of `prompt`, `token_ids` and `chat` is set.
 
     `sampling` holds only parameters of `modules.sampling.PARAMETERS`, already checked; a missing one is neutral.
     `add_special` lets the tokenizer add BOS: true for raw prompts, false for text a chat template rendered.
@@ -55,6 +71,7 @@ class GenerationRequest:
     grammar: str | None = None
     json_schema: dict[str, Any] | None = None
     regex: str | None = None
+    chat: ChatInput | None = None
 
 
 # --- events ----------------------------------------------------------------------------------------------------
@@ -106,7 +123,7 @@ class PrefillProgress:
 @dataclass(frozen=True, slots=True)
 class TokenEvent:
     """`text` is the delta that is safe to show; it may be empty while text is held back (half a code point, a
-    possible stop sequence). `token_ids` are the tokens decoded since the last event."""
+    possible stop sequence). `token_ids` are the tokens decoded since the last event; -1 is one a remote server does not name."""
 
     request_id: str
     index: int
@@ -172,7 +189,8 @@ class ModelFiles:
 @dataclass(frozen=True, slots=True)
 class ModelInfo:
     """What a loaded engine reports. `device_map` maps a device to the share of the weights on it. `slots` is how many generations
-    it runs at once where that depends on its options; 0: as its loader says."""
+    it runs at once where that depends on its options; 0: as its loader says. `lacks` are features and samplers of its loader that
+    this one model does without (a remote server that offers less); "tokenizer" among them: it has none that can be asked."""
 
     name: str
     path: str
@@ -192,6 +210,7 @@ class ModelInfo:
     engine: str | None = None
     notes: tuple[str, ...] = ()
     slots: int = 0
+    lacks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,7 +239,8 @@ class LoaderSpec:
     `engine` is "package.module:Class", imported in the worker only. `overlay` names the environment it runs in
     (`modules.overlays`), or None for the parent's own. `probe` are the modules that must import in the overlay.
     `samplers` are the names in `modules.sampling.PARAMETERS` that it honours.
-    `features` are the optional parts of the interface: logprobs, echo, grammar, json_schema, regex, lora, embeddings, score.
+    `features` are the optional parts of the interface: logprobs, echo, grammar, json_schema, regex, lora, embeddings, score,
+    messages (it takes conversations as they are and renders them itself).
     `slots` is how many generations one worker runs at once; the others wait in its queue. `builtin` are models that need no
     file.
     """
@@ -244,6 +264,16 @@ class LoaderSpec:
 
     def option(self, name: str) -> OptionSpec | None:
         return next((o for o in self.options if o.name == name or name in o.aliases), None)
+
+
+def features_of(spec: LoaderSpec, info: ModelInfo | None) -> frozenset[str]:
+    """What a loader can do with this very model."""
+    return spec.features.difference(info.lacks) if info is not None else spec.features
+
+
+def samplers_of(spec: LoaderSpec, info: ModelInfo | None) -> frozenset[str]:
+    """The sampling parameters that a loader honours with this very model."""
+    return spec.samplers.difference(info.lacks) if info is not None else spec.samplers
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from modules.overlays import Overlays
     from modules.presets import Presets
     from modules.quantizations import Quantizations
+    from modules.remotes.watch import Remotes
     from modules.residents import Resident
     from modules.schema import LoaderSpec
     from modules.settings import ModelSettings, Settings
@@ -35,6 +36,7 @@ class Services:
     specs: dict[str, LoaderSpec]
     overlays: Overlays
     library: LocalLibrary
+    remotes: Remotes
     events: EventBus
     manager: ModelManager
     runs: Runs

@@ -25,6 +25,8 @@ from modules.overlays import Overlays
 from modules.presets import Presets
 from modules.quantizations import Quantizations
 from modules.registry import discover, rank
+from modules.remotes.store import RemoteStore
+from modules.remotes.watch import Remotes
 from modules.services import Services
 from modules.settings import ModelSettings, Settings
 
@@ -44,7 +46,8 @@ def build_services(config: Config) -> Services:
     specs = discover()
     overlays = Overlays.find(ROOT)
     events = EventBus()
-    library = LocalLibrary(config.model_dirs, specs.values())
+    remotes = Remotes(RemoteStore(config.user_data_dir), events)
+    library = LocalLibrary(config.model_dirs, specs.values(), remotes)
     presets = Presets(config.preset_dir)
     settings = Settings(config.user_data_dir / "settings.yaml", presets)
     model_settings = ModelSettings(config.user_data_dir / "model_settings.yaml", specs)
@@ -83,6 +86,7 @@ def build_services(config: Config) -> Services:
         specs=specs,
         overlays=overlays,
         library=library,
+        remotes=remotes,
         events=events,
         manager=manager,
         runs=Runs(manager),
@@ -114,6 +118,7 @@ async def running(services: Services) -> AsyncIterator[None]:
             await services.batches.start_up()
         services.manager.on_active = lambda resident: _remember(services, resident, background)
         services.manager.watch_idle()
+        _keep(background, services.remotes.watch())
         _keep(background, services.templates.warm())
         if not services.config.no_model:
             _keep(background, load_first_model(services, services.manager.expect_first()))

@@ -14,7 +14,6 @@ import queue
 import signal
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -184,7 +183,7 @@ class Worker:
                 else:
                     self.send(_event_frame(event))
         if self._active and waiting == len(self._active):
-            time.sleep(0.0005)
+            self._engine.wait_for_news()
 
     def _call(self, message: protocol.Message) -> None:
         call_id, method = message["call_id"], message["method"]

@@ -31,6 +31,7 @@ class Started:
 class Text:
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
+    token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,8 @@ AnswerEvent = Queued | Started | Part | Finish
 
 @dataclass(slots=True)
 class Outcome:
-    """A whole answer. `finish_reason`: stop, length, tool_calls or cancelled. `raw` is the model's text as it was."""
+    """A whole answer. `finish_reason`: stop, length, tool_calls or cancelled. `raw` is the model's text as it was, `token_ids`
+    are its tokens."""
 
     text: str
     reasoning: str
@@ -79,6 +81,7 @@ class Outcome:
     usage: Usage
     receipt: dict[str, Any]
     raw: str
+    token_ids: tuple[int, ...] = ()
 
 
 @dataclass

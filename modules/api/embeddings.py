@@ -16,6 +16,7 @@ from modules.api.job import model_name
 from modules.api.openai_models import parse
 from modules.api.turn import split_extras
 from modules.errors import ContextLengthExceeded, InvalidParameter, UnsupportedParameter
+from modules.schema import features_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -114,7 +115,7 @@ async def vectors_of(
 
 def _check(services: Services, lease: Lease) -> None:
     spec = services.specs[lease.resident.loader]
-    if "embeddings" not in spec.features:
+    if "embeddings" not in features_of(spec, lease.resident.info):
         raise UnsupportedParameter(
             f"{spec.title} makes no embeddings.", hint="Load the model with another backend.", param="model"
         )

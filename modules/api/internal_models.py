@@ -20,15 +20,19 @@ MAX_IDS = 1_000_000
 
 
 class TextRequest(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
+    """`model`: the one loaded to use, or to load; else the active one."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
 
     text: str
+    model: str | None = None
 
 
 class TokensRequest(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
+    model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
 
     tokens: list[int] = Field(max_length=MAX_IDS)
+    model: str | None = None
 
 
 class LogitsRequest(BaseModel):

@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from modules import caller
 from modules.api import internal_models as models
 from modules.api.body import read_object
-from modules.api.job import Job, render_prompt, respond
+from modules.api.job import Job, meant, render_prompt, respond
 from modules.api.openai_models import ChatRequest, parse, schema_of
 from modules.api.openai_turns import chat_turn
 from modules.api.turn import Turn, split_extras
@@ -54,14 +54,15 @@ def _add_text(router: APIRouter, services: Services) -> None:
     async def encode(request: Request) -> JSONResponse:
         """The token ids of a text, as a prompt has them (with BOS where the model has one)."""
         body = parse(models.TextRequest, await read_object(request))
-        ids = await _active(services)[1].encode(body.text, True)
+        ids = await services.manager.client((await meant(services, body.model)).id).encode(body.text, True)
         return JSONResponse({"tokens": ids, "length": len(ids)})
 
     @router.post("/decode", openapi_extra=_schema(models.TokensRequest))
     async def decode(request: Request) -> JSONResponse:
         """The text of token ids."""
         body = parse(models.TokensRequest, await read_object(request))
-        resident, client = _active(services)
+        resident = await meant(services, body.model)
+        client = services.manager.client(resident.id)
         vocabulary = (resident.info.vocab_size if resident.info else 0) or 2**31
         if any(not 0 <= token < vocabulary for token in body.tokens):
             raise InvalidParameter("A token id is outside the model's vocabulary.", param="tokens")
@@ -71,7 +72,8 @@ def _add_text(router: APIRouter, services: Services) -> None:
     async def token_count(request: Request) -> JSONResponse:
         """How many tokens a text has."""
         body = parse(models.TextRequest, await read_object(request))
-        return JSONResponse({"length": len(await _active(services)[1].encode(body.text, True))})
+        resident = await meant(services, body.model)
+        return JSONResponse({"length": await services.manager.client(resident.id).count(body.text, True)})
 
     @router.post("/chat-prompt", openapi_extra=_schema(ChatRequest, samplers=True))
     async def chat_prompt(request: Request) -> JSONResponse:

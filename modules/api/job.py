@@ -27,7 +27,8 @@ from modules.api.answer import (
     ToolCallArguments,
     ToolCallStart,
 )
-from modules.errors import Conflict, ModelNotFound, NoModelLoaded
+from modules.chat.turns import plain_text
+from modules.errors import Conflict, ModelNotFound, NoModelLoaded, UnsupportedParameter
 from modules.generation import Delta, Run, Status
 from modules.schema import Usage
 
@@ -52,6 +53,7 @@ __all__ = [
     "ToolCallArguments",
     "ToolCallStart",
     "count_prompt",
+    "meant",
     "prompt_tokens",
     "render_prompt",
     "respond",
@@ -81,6 +83,7 @@ class Choice:
         texts: list[str] = []
         thoughts: list[str] = []
         logprobs: list[TokenLogprob] = []
+        token_ids: list[int] = []
         waiting: tuple[TokenLogprob, ...] = ()
         async for item in run.follow(coalesce_s=0):
             if not started and run.state != "queued" and run.error is None:
@@ -92,10 +95,13 @@ class Choice:
                         texts.append(self.prepared.echo_text)
                         yield Text(self.prepared.echo_text)
             if type(item) is Delta:
+                token_ids.extend(item.token_ids)
                 if reader.plain:
+                    if not (item.text or item.logprobs or self.turn.return_token_ids):
+                        continue
                     texts.append(item.text)
                     logprobs.extend(item.logprobs)
-                    yield Text(item.text, item.logprobs)
+                    yield Text(item.text, item.logprobs, item.token_ids)
                     continue
                 waiting += item.logprobs
                 for part in reader.feed(item.text):
@@ -124,6 +130,7 @@ class Choice:
                 usage=run.usage,
                 receipt=run.receipt or {},
                 raw=run.text,
+                token_ids=tuple(token_ids),
             )
         )
 
@@ -270,24 +277,31 @@ class StreamResponse(Response):
         await self._stream(scope, receive, send)
 
 
+async def meant(services: Services, model: str | None) -> Resident:
+    """The model a request names, loaded if need be, else the active one. Raises ModelNotFound, NoModelLoaded."""
+    return await services.manager.resolve(model_name(model) if model is not None else None)
+
+
 async def _prepared(services: Services, turn: Turn, model: str | None) -> tuple[Prepared, EngineClient]:
-    resident = await services.manager.resolve(model_name(model) if model is not None else None)
+    resident = await meant(services, model)
     client = services.manager.client(resident.id)
     return await turn.prepare(services, resident, client), client
 
 
 async def count_prompt(services: Services, turn: Turn, model: str | None) -> int:
-    """How many tokens this turn's prompt has."""
+    """How many tokens this turn's prompt has; close to it where a remote server renders the messages itself."""
     prepared, client = await _prepared(services, turn, model)
     if prepared.token_ids is not None:
         return len(prepared.token_ids)
-    return len(await client.encode(prepared.prompt or "", turn.add_special and turn.messages is None))
+    if prepared.chat is not None:
+        return await client.count(plain_text(prepared.chat.messages))
+    return await client.count(prepared.prompt or "", turn.add_special and turn.messages is None)
 
 
 async def prompt_tokens(services: Services, choice: Choice) -> list[int]:
     """The tokens of a started answer's prompt, before the worker has counted them."""
     made, run = choice.prepared, choice.run
-    if made is None or run is None or run.resident is None:
+    if made is None or run is None or run.resident is None or made.chat is not None:
         return []
     if made.token_ids is not None:
         return list(made.token_ids)
@@ -298,6 +312,8 @@ async def prompt_tokens(services: Services, choice: Choice) -> list[int]:
 async def render_prompt(services: Services, turn: Turn, model: str | None) -> str:
     """The text that the model would be given for this turn."""
     prepared, client = await _prepared(services, turn, model)
+    if prepared.chat is not None:
+        raise UnsupportedParameter("The prompt of this model is made by the server that it is on.")
     return prepared.prompt if prepared.prompt is not None else await client.decode(prepared.token_ids or (), False)
 
 

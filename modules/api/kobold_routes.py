@@ -19,7 +19,7 @@ from modules.api.job import Finish, Job, Queued, Text, respond
 from modules.api.openai_models import check_stops, parse, schema_of
 from modules.api.turn import Turn
 from modules.errors import AppError, InvalidParameter, NoModelLoaded, UnsupportedParameter
-from modules.schema import StopParams
+from modules.schema import StopParams, features_of
 from modules.structured import check_gbnf
 
 if TYPE_CHECKING:
@@ -282,7 +282,7 @@ def _add_information(router: APIRouter, services: Services) -> None:
     async def cpp_version() -> JSONResponse:
         """What KoboldCpp's clients ask to know which parts of its API are there."""
         active = services.manager.active()
-        features = services.specs[active.loader].features if active is not None else frozenset()
+        features = features_of(services.specs[active.loader], active.info) if active is not None else frozenset()
         parts = ("protected", "txt2img", "vision", "audio", "transcribe", "multiplayer", "websearch", "tts", "savedata")
         absent: dict[str, Any] = dict.fromkeys(parts, False)
         return JSONResponse(

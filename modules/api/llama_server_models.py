@@ -71,18 +71,20 @@ class InfillRequest(CompletionRequest):
 
 
 class TokenizeRequest(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
+    model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
 
     content: str = ""
+    model: str | None = None
     add_special: bool = False
     parse_special: bool = True
     with_pieces: bool = False
 
 
 class DetokenizeRequest(BaseModel):
-    model_config = ConfigDict(strict=True, extra="ignore")
+    model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
 
     tokens: list[int] = Field(max_length=MAX_IDS)
+    model: str | None = None
 
 
 class EmbeddingRequest(BaseModel):

@@ -16,7 +16,7 @@ from modules.api import sse
 from modules.api.body import read_object
 from modules.api.dialects import error_body
 from modules.api.embeddings import vectors_of
-from modules.api.job import Finish, Job, Queued, Text, render_prompt, respond
+from modules.api.job import Finish, Job, Queued, Text, meant, render_prompt, respond
 from modules.api.openai_models import ChatRequest, parse, schema_of
 from modules.api.openai_turns import chat_turn
 from modules.errors import AppError, InvalidParameter, NoModelLoaded, NotSupported
@@ -198,9 +198,9 @@ def _last(path: str) -> str:
 def _add_text(router: APIRouter, services: Services) -> None:
     @router.post("/tokenize", openapi_extra=_schema(models.TokenizeRequest, samplers=False))
     async def tokenize(request: Request) -> JSONResponse:
-        """The token ids of a text, with their pieces if wanted."""
+        """The token ids of a text, with their pieces if wanted; by the model named, else the active one."""
         body = parse(models.TokenizeRequest, await read_object(request))
-        client = services.manager.client(_active(services).id)
+        client = services.manager.client((await meant(services, body.model)).id)
         ids = await client.encode(body.content, body.add_special)
         if not body.with_pieces:
             return JSONResponse({"tokens": ids})
@@ -212,7 +212,7 @@ def _add_text(router: APIRouter, services: Services) -> None:
     async def detokenize(request: Request) -> JSONResponse:
         """The text of token ids."""
         body = parse(models.DetokenizeRequest, await read_object(request))
-        active = _active(services)
+        active = await meant(services, body.model)
         vocabulary = (active.info.vocab_size if active.info else 0) or 2**31
         if any(not 0 <= token < vocabulary for token in body.tokens):
             raise InvalidParameter("A token id is outside the model's vocabulary.", param="tokens")

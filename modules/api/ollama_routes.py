@@ -20,6 +20,7 @@ from modules.api.job import Finish, Job, Reasoning, Text, ToolCallStart, prompt_
 from modules.api.openai_models import parse, schema_of
 from modules.errors import AppError, NotSupported
 from modules.reasoning import marks_of
+from modules.schema import features_of
 
 if TYPE_CHECKING:
     from modules.api.job import Choice, Outcome
@@ -220,7 +221,9 @@ class _Answer:
             "eval_duration": int(run.timings.decode_s * 1e9),
             **job.extension(),
         }
-        if not self._chat and run.resident is not None and run.resident.info is not None:
+        made, info = choice.prepared, run.resident.info if run.resident is not None else None
+        countable = info is not None and "tokenizer" not in info.lacks and made is not None and made.chat is None
+        if not self._chat and countable and run.resident is not None:
             client = self._services.manager.client(run.resident.id)
             end["context"] = [*await prompt_tokens(self._services, choice), *await client.encode(outcome.raw, False)]
         _keep(self._services, self.name, self._keep)
@@ -291,7 +294,7 @@ def _shown(services: Services, name: str) -> dict[str, Any]:
     capabilities = ["completion", "tools"]
     if marks_of(template) is not None:
         capabilities.append("thinking")
-    if resident is not None and "embeddings" in services.specs[resident.loader].features:
+    if resident is not None and "embeddings" in features_of(services.specs[resident.loader], resident.info):
         capabilities.append("embedding")
     return {
         "modelfile": f"# This model is kept by Switchyard, not by a Modelfile.\nFROM {name}\n",

@@ -120,7 +120,11 @@ async def whole(job: Job, form: Form, *, best: tuple[int, int] | None = None) ->
     for index, (choice, outcome) in enumerate(answers):
         given = choice.turn.logprobs is not None and best is None
         logprobs = form.logprobs(outcome.logprobs, outcome.text, 0, prompt_first=choice.turn.echo) if given else None
+        if logprobs is not None and choice.turn.return_token_ids:
+            logprobs["top_tokens"] = [item.top for item in outcome.logprobs]
         made = {"index": index, **form.choice(outcome), "logprobs": logprobs, "finish_reason": outcome.finish_reason}
+        if choice.turn.return_token_ids:
+            made["token_ids"] = outcome.token_ids
         choices.append(made)
     return {
         "id": form.prefix + request_id(),
@@ -179,11 +183,9 @@ class Streamer:
             kind = type(event)
             if kind is Text:
                 assert isinstance(event, Text)
-                if event.logprobs:
-                    first = choice.turn.echo and offset == 0
-                    logprobs = form.logprobs(list(event.logprobs), event.text, offset, prompt_first=first)
+                if event.logprobs or choice.turn.return_token_ids:
+                    close = self._details(choice, event, offset)
                     offset += len(event.text)
-                    close = f',"logprobs":{dumps(logprobs)},"finish_reason":null}}]{self._nothing}}}\n\n'
                     await write(f"{begin}{form.delta(dumps(event.text))}{close}".encode())
                 else:
                     await write(f"{begin}{form.delta(dumps(event.text))}{end}".encode())
@@ -199,6 +201,18 @@ class Streamer:
                 await self._finish(write, begin, event.outcome)
             else:
                 await write(f"{begin}{_other_delta(event)}{end}".encode())
+
+    def _details(self, choice: Choice, event: Text, offset: int) -> str:
+        """The end of a chunk whose tokens are told one by one; `top_tokens` ([id, text, logprob]) is ours."""
+        wanted = choice.turn.return_token_ids
+        logprobs = None
+        if event.logprobs:
+            first = choice.turn.echo and offset == 0
+            logprobs = self._form.logprobs(list(event.logprobs), event.text, offset, prompt_first=first)
+            if wanted:
+                logprobs["top_tokens"] = [item.top for item in event.logprobs]
+        ids = f',"token_ids":{dumps(event.token_ids)}' if wanted else ""
+        return f',"logprobs":{dumps(logprobs)}{ids},"finish_reason":null}}]{self._nothing}}}\n\n'
 
     async def _finish(self, write: sse.Writer, begin: str, outcome: Outcome) -> None:
         receipt = outcome.receipt

@@ -59,7 +59,7 @@ class Message(BaseModel):
 
 
 class Common(BaseModel):
-    """What both endpoints take."""
+    """What both endpoints take. `ignore_eos` goes on past an end token, as vLLM does; `ban_eos_token` lets none be picked."""
 
     model_config = ConfigDict(strict=True, extra="allow", protected_namespaces=())
 
@@ -76,6 +76,8 @@ class Common(BaseModel):
     json_schema: dict[str, Any] | None = None
     regex: str | None = None
     strict: bool | None = None
+    ignore_eos: bool | None = None
+    return_token_ids: bool | None = None
 
     def stops(self) -> tuple[str, ...]:
         """The stop sequences. Raises InvalidParameter."""

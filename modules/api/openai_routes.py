@@ -16,6 +16,7 @@ from modules.api.openai_answers import ChatForm, CompletionForm, Form, Streamer,
 from modules.api.openai_models import ChatRequest, Common, CompletionRequest, parse, schema_of
 from modules.api.openai_turns import chat_turn, completion_turns
 from modules.errors import NotSupported, UnsupportedParameter
+from modules.schema import features_of
 
 if TYPE_CHECKING:
     from modules.api.turn import Turn
@@ -115,7 +116,9 @@ def model_entry(services: Services, model: ModelFiles) -> dict[str, Any]:
         "quantization": model.quantization.method if model.quantization else None,
         "size_bytes": model.size_bytes,
         "context_length": context,
-        "capabilities": sorted(spec.features) if spec else [],
+        "capabilities": sorted(features_of(spec, resident.info if resident else None)) if spec else [],
+        "vocab_size": resident.info.vocab_size if resident and resident.info else model.vocab_size,
+        "eos_token_ids": resident.info.eos_token_ids if resident and resident.info else (),
     }
 
 

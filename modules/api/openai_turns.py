@@ -100,9 +100,11 @@ def common_turn(body: Common, limit: int | None, strict: bool, *, allow_zero: bo
         min_tokens=body.min_tokens or 0,
         stop=body.stops(),
         stop_token_ids=tuple(body.stop_token_ids or ()),
-        ignore_eos=bool(values.get("ban_eos_token")),
+        ignore_eos=bool(values.get("ban_eos_token") or body.ignore_eos),
     )
-    return Turn(values, stop, warnings, strict if body.strict is None else body.strict)
+    turn = Turn(values, stop, warnings, strict if body.strict is None else body.strict)
+    turn.return_token_ids = bool(body.return_token_ids)
+    return turn
 
 
 def structure(turn: Turn, body: Common, response_format: Any) -> None:

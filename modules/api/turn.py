@@ -18,8 +18,8 @@ from modules.api.answer import AnswerReader
 from modules.api.infill import infill_prompt
 from modules.chat.templates import FALLBACK_STOP
 from modules.errors import ContextLengthExceeded, InvalidParameter, UnsupportedParameter
-from modules.reasoning import ReasoningSplitter, begins_inside, marks_of
-from modules.schema import GenerationRequest, LoaderSpec, StopParams
+from modules.reasoning import THINK, ReasoningSplitter, begins_inside, marks_of
+from modules.schema import ChatInput, GenerationRequest, LoaderSpec, ModelInfo, StopParams, features_of, samplers_of
 from modules.tools.constrain import force
 from modules.tools.dialects import HERMES, dialect_of, is_channelled, knows_tools
 from modules.tools.prompting import inline
@@ -74,6 +74,7 @@ class Turn:
     grammar: str | None = None
     json_schema: dict[str, Any] | None = None
     regex: str | None = None
+    return_token_ids: bool = False
 
     @property
     def constrained(self) -> bool:
@@ -90,13 +91,15 @@ class Turn:
         """The request for this very model. Raises AppError: overflow, unsupported parts, template errors."""
         spec = services.specs[resident.loader]
         made = Prepared(self, stop=self.stop)
-        if self.messages is not None:
+        if self.messages is not None and "messages" in features_of(spec, resident.info):
+            _converse(made)
+        elif self.messages is not None:
             await _render(made, services, resident)
         else:
             made.prompt, made.token_ids = self.prompt, self.token_ids
             if self.suffix:
                 made.prompt = await infill_prompt(client, self.prompt or "", self.suffix)
-        _check_features(self, made, spec)
+        _check_features(self, made, spec, resident.info)
         await _fit(made, resident, client)
         return made
 
@@ -116,6 +119,7 @@ class Prepared:
     marks: Marks | None = None
     inside: bool = False
     echo_text: str = ""
+    chat: ChatInput | None = None
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -126,6 +130,7 @@ class Prepared:
             secrets.token_hex(12),
             prompt=None if self.token_ids is not None else self.prompt,
             token_ids=self.token_ids,
+            chat=self.chat,
             sampling=values,
             stop=self.stop,
             add_special=turn.add_special and turn.messages is None,
@@ -146,6 +151,28 @@ class Prepared:
             call_open=self.call_open,
             parallel=tools.parallel if tools is not None else True,
         )
+
+
+def _converse(made: Prepared) -> None:
+    """Messages for an engine that renders them itself, and how to read its answer: as loaders._remote_read writes it."""
+    turn, messages = made.turn, made.turn.messages or []
+    tools = turn.tools
+    offered = tools.offered if tools is not None else ()
+    continued = turn.continue_final
+    if continued is None:
+        continued = messages[-1]["role"] == "assistant" and bool(messages[-1]["content"])
+    made.chat = ChatInput(
+        tuple(messages),
+        tools=tuple(function.openai() for function in offered),
+        tool_choice=tools.choice if tools is not None and offered else "auto",
+        parallel_tools=tools.parallel if tools is not None else True,
+        continued=continued,
+        variables=dict(turn.template_variables),
+    )
+    if turn.split_reasoning and not turn.constrained:
+        made.marks = THINK
+    if offered:
+        made.dialect = HERMES
 
 
 async def _render(made: Prepared, services: Services, resident: Resident) -> None:
@@ -205,7 +232,7 @@ def _with_tools(turn: Turn, template: str | None, variables: dict[str, Any]) -> 
     return inline(messages, turn.tools), variables
 
 
-def _check_features(turn: Turn, made: Prepared, spec: LoaderSpec) -> None:
+def _check_features(turn: Turn, made: Prepared, spec: LoaderSpec, info: ModelInfo | None) -> None:
     needed = {
         "logprobs": (turn.logprobs is not None, "logprobs"),
         "echo": (turn.echo and turn.logprobs is not None, "echo"),
@@ -213,21 +240,24 @@ def _check_features(turn: Turn, made: Prepared, spec: LoaderSpec) -> None:
         "json_schema": (turn.json_schema is not None or made.json_schema is not None, "response_format"),
         "regex": (turn.regex is not None, "regex"),
     }
+    features = features_of(spec, info)
     for feature, (asked, param) in needed.items():
-        if asked and feature not in spec.features:
+        if asked and feature not in features:
             raise UnsupportedParameter(
                 f"{spec.title} does not have {feature}.",
                 hint="Leave it out or load the model with another backend.",
                 param="tool_choice" if feature == "json_schema" and turn.json_schema is None else param,
             )
     if turn.strict:
-        sampling.require_supported(turn.sampling, spec.samplers, spec.title)
+        sampling.require_supported(turn.sampling, samplers_of(spec, info), spec.title)
 
 
 async def _fit(made: Prepared, resident: Resident, client: EngineClient) -> None:
     """Check the prompt against the vocabulary and the context; count only where it might not fit."""
     turn, info = made.turn, resident.info
     context = info.context_length if info is not None else 0
+    if info is not None and "tokenizer" in info.lacks:
+        context = 0  # nothing can be counted: the server has the last word
     prompt = made.prompt or ""
     param = "messages" if turn.messages is not None else "prompt"
     if made.token_ids is not None:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from modules import sampling
 from modules.chat.templates import FALLBACK_STOP
 from modules.errors import ContextLengthExceeded, InvalidParameter, TemplateError
-from modules.schema import GenerationRequest, StopParams
+from modules.schema import ChatInput, GenerationRequest, StopParams, features_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from modules.chat.store import Node
     from modules.chat.templates import TemplateRenderer
@@ -67,9 +67,12 @@ def build_messages(system_prompt: str, path: Sequence[Node], *, continued: bool 
 
 @dataclass
 class Prompt:
-    """`token_ids` where counting made them; then `text` is not needed."""
+    """`tokens` once they were counted; `token_ids` where counting made them: then `text` is not needed. `messages` are what the
+    text was made of."""
 
     text: str
+    messages: list[Message]
+    tokens: int | None = None
     token_ids: tuple[int, ...] | None = None
 
 
@@ -84,16 +87,19 @@ class PromptBuilder:
         self._info = info
         self._client = client
         self._warnings = warnings
+        self._renders_itself = "messages" in features_of(client.spec, info)
 
     async def request(self, messages: list[Message], answer: AnswerSettings, *, continued: bool) -> GenerationRequest:
         """Raises ContextLengthExceeded for a message that is too long by itself, and TemplateError."""
         prompt = await self._fitted(messages, answer.max_tokens, continued)
+        as_text = not self._renders_itself
         return GenerationRequest(
             secrets.token_hex(12),
-            prompt=prompt.text if prompt.token_ids is None else None,
-            token_ids=prompt.token_ids,
+            prompt=prompt.text if as_text and prompt.token_ids is None else None,
+            token_ids=prompt.token_ids if as_text else None,
+            chat=None if as_text else ChatInput(tuple(prompt.messages), continued=continued),
             sampling=sampling.without_neutral(answer.sampling),
-            stop=answer.stop_params(bool(self._template)),
+            stop=answer.stop_params(bool(self._template) or self._renders_itself),
             add_special=False,
         )
 
@@ -105,9 +111,9 @@ class PromptBuilder:
         reserve = min(max_tokens or context, int(context * ANSWER_SHARE))
         budget = context - max(1, reserve)
         if not context or _surely_fits(text, budget):
-            return Prompt(text)
-        prompt = await self._count(text)
-        if len(prompt.token_ids or ()) <= budget:
+            return Prompt(text, messages)
+        prompt = await self._count(text, messages)
+        if (prompt.tokens or 0) <= budget:
             return prompt
         system = messages[:1] if messages[0]["role"] == "system" else []
         turns = messages[len(system) :]
@@ -118,10 +124,10 @@ class PromptBuilder:
             self._warnings.append(
                 f"The {dropped} oldest {many} left out: the conversation is longer than this model's context of {context} tokens."
             )
-        if len(prompt.token_ids or ()) >= context:
+        if (prompt.tokens or 0) >= context and not self._renders_itself:  # elsewhere this is an estimate: the server decides
             what = "The message and the system prompt have" if system else "The message has"
             raise ContextLengthExceeded(
-                f"{what} {len(prompt.token_ids or ())} tokens; this model's context holds {context}.",
+                f"{what} {prompt.tokens} tokens; this model's context holds {context}.",
                 hint="Shorten it, or load the model with a larger context.",
                 param="messages",
             )
@@ -135,8 +141,9 @@ class PromptBuilder:
 
         async def fits(choice: int) -> bool:
             if choice not in tried:
-                tried[choice] = await self._count(await self._render([*system, *turns[starts[choice] :]], continued))
-            return len(tried[choice].token_ids or ()) <= budget
+                kept = [*system, *turns[starts[choice] :]]
+                tried[choice] = await self._count(await self._render(kept, continued), kept)
+            return (tried[choice].tokens or 0) <= budget
 
         low, high = 0, len(starts) - 1
         while low < high:
@@ -152,12 +159,17 @@ class PromptBuilder:
         await fits(low)
         return starts[low], tried[low]
 
-    async def _count(self, text: str) -> Prompt:
-        return Prompt(text, tuple(await self._client.encode(text, False)))
+    async def _count(self, text: str, messages: list[Message]) -> Prompt:
+        if self._renders_itself:
+            return Prompt(text, messages, await self._client.count(text))
+        ids = tuple(await self._client.encode(text, False))
+        return Prompt(text, messages, len(ids), ids)
 
     async def _render(self, messages: list[Message], continued: bool) -> str:
         """Templates differ in what they take: without a system role it goes into the first message, and a conversation that
         the assistant begins gets an opening. The receipt says so."""
+        if self._renders_itself:
+            return plain_text(messages)
         try:
             return await self._render_once(messages, continued)
         except TemplateError as error:
@@ -183,6 +195,11 @@ class PromptBuilder:
             info.eos_token if info else None,
             continue_final=continued and messages[-1]["role"] == "assistant" and bool(messages[-1]["content"]),
         )
+
+
+def plain_text(messages: Sequence[Mapping[str, Any]]) -> str:
+    """What a conversation says, to count its tokens by where nobody here knows the template."""
+    return "\n".join(f"{message['role']}: {message.get('content') or ''}" for message in messages)
 
 
 def _adapted(messages: list[Message]) -> list[Message]:

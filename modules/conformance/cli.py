@@ -7,22 +7,20 @@ tried on a bundled model. With --url a running server's loaded models are tried.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
-import re
-import subprocess
 import sys
 import tempfile
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modules.config import ROOT
 from modules.conformance.probes import PROBES
 from modules.conformance.runner import Column, http_client, report, run_column
 from modules.errors import ConfigError
+from modules.own_server import FAR, far_server, own_server
+from modules.remotes.store import RemoteStore, model_id
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import AsyncIterator
 
     import httpx
 
@@ -67,8 +65,10 @@ async def _run(arguments: argparse.Namespace, config: Config) -> list[Column]:
         headers = {"Authorization": f"Bearer {arguments.key}"} if arguments.key else None
         async with http_client(arguments.url.rstrip("/"), headers) as http:
             return await _loaded(http, arguments)
-    async with _own_server(config) as http:
-        return await _installed(http, arguments, config)
+    with tempfile.TemporaryDirectory(prefix="switchyard-conformance-") as folder:
+        data = Path(folder)
+        async with own_server(data / "near", "--model-dir", str(config.model_dir)) as url, http_client(url) as http:
+            return await _installed(http, arguments, config, data)
 
 
 async def _loaded(http: httpx.AsyncClient, arguments: argparse.Namespace) -> list[Column]:
@@ -85,7 +85,7 @@ async def _loaded(http: httpx.AsyncClient, arguments: argparse.Namespace) -> lis
     return columns
 
 
-async def _installed(http: httpx.AsyncClient, arguments: argparse.Namespace, config: Config) -> list[Column]:
+async def _installed(http: httpx.AsyncClient, arguments: argparse.Namespace, config: Config, data: Path) -> list[Column]:
     from modules.doctor import device_problem, smoke_model
     from modules.overlays import Overlays
     from modules.registry import discover
@@ -98,40 +98,38 @@ async def _installed(http: httpx.AsyncClient, arguments: argparse.Namespace, con
         status = overlays.status(spec)
         if (arguments.loaders and name not in arguments.loaders) or not (status.installed and status.importable):
             continue
+        if name == "remote":
+            columns.append(await _remote(http, arguments, config, data))
+            continue
         model = await asyncio.to_thread(smoke_model, spec, config)
         if model is None or device_problem(spec):
             continue
-        column = Column(name, model.id)
-        columns.append(column)
-        answer = await http.post("/v1/internal/model/load", json={"model_name": model.id, "args": {"loader": name}})
-        if answer.status_code != 200:
-            column.error = answer.json()["error"]["message"]
-            continue
-        await run_column(http, column, _tell, arguments.probe)
+        columns.append(await _column(http, arguments, Column(name, model.id)))
     return columns
 
 
-@contextlib.asynccontextmanager
-async def _own_server(config: Config) -> AsyncIterator[httpx.AsyncClient]:
-    """A server process without a page, gone afterwards."""
-    with tempfile.TemporaryDirectory(prefix="switchyard-conformance-") as data:
-        command = [sys.executable, "server.py", "--nowebui", "--no-model", "--listen-port", "0", "--user-data-dir", data]
-        command += ["--model-dir", str(config.model_dir), "--no-background-install"]
-        process = await asyncio.create_subprocess_exec(
-            *command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
-        assert process.stdout is not None
-        try:
-            line = (await process.stdout.readline()).decode("utf-8", "replace")
-            found = re.search(r"http://[\d.]+:\d+", line)
-            if found is None:
-                raise ConfigError("The server for the probes did not start.", hint="`server.py --nowebui --no-model` says why.")
-            async with http_client(found[0]) as http:
-                yield http
-        finally:
-            if process.returncode is None:
-                process.terminate()
-            await process.communicate()
+async def _column(http: httpx.AsyncClient, arguments: argparse.Namespace, column: Column) -> Column:
+    answer = await http.post("/v1/internal/model/load", json={"model_name": column.model, "args": {"loader": column.loader}})
+    if answer.status_code != 200:
+        column.error = answer.json()["error"]["message"]
+    else:
+        await run_column(http, column, _tell, arguments.probe)
+    return column
+
+
+async def _remote(http: httpx.AsyncClient, arguments: argparse.Namespace, config: Config, data: Path) -> Column:
+    """A second server is the other end, with the best small model that is here."""
+    from modules.doctor import smoke_model
+    from modules.overlays import Overlays
+    from modules.registry import discover
+
+    specs, overlays = discover(), Overlays.find()
+    able = [specs[name] for name in ("llamacpp", "transformers") if overlays.unavailable(specs[name]) is None]
+    found = [await asyncio.to_thread(smoke_model, spec, config) for spec in able]
+    model = next((model.id for model in found if model is not None), "echo")
+    folders = ("--model-dir", str(config.model_dir))
+    async with far_server(data / "far", RemoteStore(data / "near"), model, *folders):
+        return await _column(http, arguments, Column("remote", model_id(FAR, model)))
 
 
 def _tell(column: Column, what: str) -> None:

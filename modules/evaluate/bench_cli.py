@@ -16,6 +16,8 @@ from modules.evaluate.subject import Subject
 from modules.library import LocalLibrary
 from modules.overlays import Overlays
 from modules.registry import discover
+from modules.remotes.store import RemoteStore
+from modules.remotes.watch import Remotes
 
 if TYPE_CHECKING:
     import argparse
@@ -90,7 +92,7 @@ async def _all(
     targets: tuple[Target, ...],
     results: list[dict[str, Any]],
 ) -> None:
-    library = LocalLibrary(config.model_dirs, specs.values())
+    library = LocalLibrary(config.model_dirs, specs.values(), Remotes(RemoteStore(config.user_data_dir)))
     overlays = Overlays.find()
     for target in targets:
         row: dict[str, Any] = {"model": target.model, "loader_title": target.loader or "", "device": args.device}

@@ -20,6 +20,8 @@ from modules.evaluate.windows import PROTOCOLS
 from modules.library import LocalLibrary
 from modules.overlays import Overlays
 from modules.registry import discover
+from modules.remotes.store import RemoteStore
+from modules.remotes.watch import Remotes
 
 if TYPE_CHECKING:
     from modules.config import Config
@@ -95,7 +97,7 @@ def run(args: argparse.Namespace, config: Config) -> int:
 
 def _evaluate(args: argparse.Namespace, config: Config, store: EvaluationStore) -> int:
     specs = discover()
-    library = LocalLibrary(config.model_dirs, specs.values())
+    library = LocalLibrary(config.model_dirs, specs.values(), Remotes(RemoteStore(config.user_data_dir)))
     around = Surroundings(
         library=library,
         specs=specs,

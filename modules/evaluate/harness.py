@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from modules.child_process import Ended, run_job
 from modules.errors import BackendUnavailable, EngineError, GenerationFailed, IncompatibleModel
 from modules.overlays import start_script
+from modules.schema import features_of
 
 if TYPE_CHECKING:
     from modules.evaluate.plan import TaskPlan
@@ -41,7 +42,7 @@ async def run_tasks(subject: Subject, plan: TaskPlan, overlays: Overlays, on_ste
     """
     if (reason := unavailable(overlays)) is not None:
         raise BackendUnavailable("Tasks need lm-evaluation-harness.", hint=f"{reason}.")
-    if "score" not in subject.client.spec.features:
+    if "score" not in features_of(subject.client.spec, subject.info):
         raise IncompatibleModel(
             f"{subject.client.spec.title} can't score text, which tasks need.", hint="Choose another backend."
         )

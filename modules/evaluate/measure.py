@@ -15,6 +15,7 @@ from modules.chat.templates import FALLBACK_STOP
 from modules.errors import GenerationFailed, IncompatibleModel, InvalidParameter
 from modules.evaluate.plan import DEFAULT_CONTEXT
 from modules.evaluate.windows import Tally, Window, counted, cut, safe_exp
+from modules.schema import features_of
 
 if TYPE_CHECKING:
     from modules.chat.templates import TemplateRenderer
@@ -62,7 +63,7 @@ async def perplexity(
     short and GenerationFailed for numbers that are not finite.
     """  # fmt: skip
     spec = subject.client.spec
-    if "score" not in spec.features:
+    if "score" not in features_of(spec, subject.info):
         raise IncompatibleModel(
             f"{spec.title} can't score text, which perplexity needs.", hint="Load the model through another backend."
         )

@@ -17,6 +17,8 @@ from modules.overlays import Overlays
 from modules.quantize.process import QuantizeJob, default_out, quantize
 from modules.quantize.settings import QuantizeSettings
 from modules.registry import discover
+from modules.remotes.store import RemoteStore, model_path
+from tests.api.conftest import Server
 from tests.conftest import ROOT, shared_data
 
 STORY = "Once upon a time"
@@ -91,6 +93,28 @@ def _tiny_rwkv() -> Path | None:
     source = data / "models" / "tiny-rwkv" / "converted-tiny-rwkv-5v2-730K.pth"
     out = folder / "tiny-rwkv.safetensors"
     return asyncio.run(convert_pickle(source, lambda _: None, allow_pickle=True, out=out, overlays=overlays)).path
+
+
+@cache
+def _far_server() -> str | None:
+    """The bundled GGUF on a Switchyard of its own, saved as a remote server; ended with the session."""
+    model = _bundled("wren-6m-gguf/wren-6m-F16.gguf")()
+    overlays = Overlays.find(ROOT)
+    if model is None or overlays.unavailable(discover()["llamacpp"]):
+        return None
+    folder = Path(tempfile.mkdtemp(prefix="switchyard-remote-"))
+    server = Server(folder / "far", "--loader", "llamacpp", "--threads", "1", model="wren-6m-gguf/wren-6m-F16")
+
+    def end() -> None:
+        server.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+    atexit.register(end)
+    server.wait_ready()
+    store = RemoteStore(folder / "near")
+    store.add("far", server.url)
+    [name] = [m["id"] for m in server.http.get("/v1/models").json()["data"] if m["state"] == "ready"]
+    return model_path(store.path, "far", name)
 
 
 _STORIES = "the data folder ../shared (stories260K)"
@@ -168,6 +192,7 @@ ROWS = (
         "xllamacpp",
         lacks=frozenset({"score", "echo", "min_tokens", "all_samplers", "regex", "embeddings", "guidance"}),
     ),
+    Row("remote-wren", "remote", _far_server, {}, "llama.cpp with the bundled model, to be the other server"),
     Row("rwkv-wren", "rwkv", _bundled("wren-rwkv-7m"), {"threads": 1}, "the bundled RWKV"),
     Row("rwkv-tiny", "rwkv", _tiny_rwkv, {"threads": 1, "ctx_size": 512}, "the data folder ../shared (tiny-rwkv)", variant=True),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,7 +12,8 @@ from modules.chat.store import Node
 from modules.chat.templates import TemplateRenderer
 from modules.chat.turns import OPENING, AnswerSettings, PromptBuilder, build_messages
 from modules.errors import ContextLengthExceeded, InvalidParameter, TemplateError
-from modules.schema import ModelInfo
+from modules.schema import ChatInput, ModelInfo
+from tests.unit.fake_engine import SPEC
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
 STRICT = (
@@ -28,7 +30,11 @@ class Client:
     """One token a character."""
 
     def __init__(self) -> None:
+        self.spec = SPEC
         self.encoded = 0
+
+    async def count(self, text: str, add_special: bool = False) -> int:
+        return len(await self.encode(text, add_special))
 
     async def encode(self, text: str, add_special: bool = False) -> list[int]:
         assert not add_special
@@ -47,7 +53,7 @@ class Builder:
     def __init__(self, renderer: TemplateRenderer, context: int, template: str | None = TEMPLATE) -> None:
         self.warnings: list[str] = []
         self.client = Client()
-        info = ModelInfo("m", "/m", "echo", "hf", context_length=context, bos_token="<s>")
+        info = self.info = ModelInfo("m", "/m", "echo", "hf", context_length=context, bos_token="<s>")
         self.builder = PromptBuilder(renderer, template, info, self.client, self.warnings)  # type: ignore[arg-type]
 
     async def text(self, messages: list[dict[str, str]], max_tokens: int | None = None, continued: bool = False) -> str:
@@ -164,3 +170,21 @@ async def test_no_template_means_the_fallback_and_its_stop(renderer: TemplateRen
     )
     assert with_template.stop.stop == ("END",) and with_template.stop.max_tokens == 7 and with_template.stop.ignore_eos
     assert with_template.sampling == {"temperature": 0.5, "ban_eos_token": True}, "what is neutral is not sent"
+
+
+async def test_an_engine_that_renders_itself_gets_the_messages(renderer: TemplateRenderer) -> None:
+    builder = Builder(renderer, 1000)
+    builder.client.spec = dataclasses.replace(SPEC, features=frozenset({"messages"}))
+    builder.builder = PromptBuilder(renderer, None, builder.info, builder.client, builder.warnings)  # type: ignore[arg-type]
+    few = [{"role": "system", "content": "SYSTEM"}, *dialogue(3)]
+    request = await builder.builder.request(few, AnswerSettings(stop=("END",)), continued=False)
+    assert (request.prompt, request.token_ids, request.chat) == (None, None, ChatInput(tuple(few)))
+    assert request.stop.stop == ("END",), "the fallback's stop belongs to the fallback"
+    many = [{"role": "system", "content": "SYSTEM"}, *dialogue(400)]
+    request = await builder.builder.request(many, AnswerSettings(max_tokens=100), continued=False)
+    assert request.chat is not None and 2 < len(request.chat.messages) < 60
+    assert request.chat.messages[0] == many[0] and request.chat.messages[-1] == many[-1]
+    assert builder.warnings and "left out" in builder.warnings[0]
+    unclear = [{"role": "user", "content": "x" * 5000}]
+    request = await builder.builder.request(unclear, AnswerSettings(), continued=False)
+    assert request.chat == ChatInput(tuple(unclear)), "what was only estimated is for the server to refuse"

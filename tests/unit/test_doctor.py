@@ -13,7 +13,7 @@ import pytest
 
 from modules import doctor
 from modules.config import Config
-from modules.doctor import LATER, ORDER, Row, check, device_problem, run, smoke_model, table
+from modules.doctor import ORDER, Row, check, device_problem, run, smoke_model, table
 from modules.errors import ConfigError
 from modules.overlays import Overlays, write_json
 from modules.registry import discover, load_spec
@@ -47,15 +47,18 @@ def test_every_loader_of_the_product_has_a_row() -> None:
         "remote",
         "echo",
     }
-    assert LATER.keys().isdisjoint(discover()), "a loader that has landed must leave the table of those to come"
-    assert LATER.keys() | discover().keys() >= set(ORDER)
+    assert set(ORDER) == discover().keys()
 
 
-def test_a_loader_that_is_still_to_come_says_what_it_needs(overlays: Overlays) -> None:
-    for name, needs in LATER.items():
-        row = check(name, None, overlays, Config())
-        assert not (row.installed or row.importable or row.device_ok or row.smoke_ok)
-        assert row.fix == f"arrives in a later release: needs {needs}"
+def test_a_loader_whose_file_is_gone_is_a_no(overlays: Overlays) -> None:
+    row = check("lost", None, overlays, Config())
+    assert not (row.installed or row.importable or row.device_ok or row.smoke_ok)
+    assert "loaders/lost.py" in row.fix
+
+
+def test_remote_is_tried_on_a_second_server_of_our_own(overlays: Overlays, tmp_path: Path) -> None:
+    row = check("remote", load_spec("remote"), overlays, Config(user_data_dir=tmp_path))
+    assert (row.installed, row.importable, row.device_ok, row.smoke_ok, row.fix) == (True, True, True, True, "")
 
 
 def test_what_is_not_installed_names_the_command(tmp_path: Path) -> None:

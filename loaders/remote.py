@@ -1,0 +1,232 @@
+"""Remote: a model of another server with an OpenAI-compatible API, behind the same interface as a local one.
+
+This module is the spec and the thin engine. `_remote_kinds` says what each kind of server takes, `_remote_identify` which one is
+at an address, `_remote_answer` turns a streamed answer into events, `_remote_text` asks for token ids. The rules of the
+connection (addresses, redirects, limits, the key) are `modules.remotes.connection`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import random
+import threading
+import time
+from collections.abc import Coroutine, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from modules.engine import CancelToken, Engine, Progress
+from modules.errors import (
+    AppError,
+    BackendUnavailable,
+    EngineTimeout,
+    LoadError,
+    ModelNotFound,
+    RemoteError,
+    UnsupportedParameter,
+)
+from modules.remotes.store import read_servers, split_path
+from modules.sampling import PARAMETERS
+from modules.schema import (
+    Done,
+    Event,
+    GenerationRequest,
+    LoaderSpec,
+    LoadProgress,
+    ModelInfo,
+    OptionSpec,
+    PrefillProgress,
+    Quantization,
+    Timings,
+    TokenEvent,
+    Usage,
+)
+
+if TYPE_CHECKING:
+    from loaders._remote_answer import Remote
+
+T = TypeVar("T")
+
+SPEC = LoaderSpec(
+    name="remote",
+    title="Remote server",
+    engine="loaders.remote:RemoteEngine",
+    summary="A model of another server: vLLM, TGI, llama-server, Ollama, tabbyAPI, another Switchyard.",
+    formats={"remote": 1},
+    samplers=frozenset(PARAMETERS),
+    options=(
+        OptionSpec(
+            "ctx_size",
+            "int",
+            0,
+            "Tokens to keep a conversation within; 0: what the server says its context holds.",
+            minimum=0,
+            maximum=10_000_000,
+            aliases=("n_ctx", "context_length"),
+        ),
+        OptionSpec(
+            "chat",
+            "choice",
+            "server",
+            "Who makes a prompt of a conversation: the server by its model's template, or this one, plainly (for base models).",
+            choices=("server", "plain"),
+        ),
+        OptionSpec(
+            "silence_s", "float", 300.0, "Seconds the server may send nothing before it is given up.", minimum=0.1, maximum=86400
+        ),
+        OptionSpec(
+            "busy_retries",
+            "int",
+            3,
+            "How often to try again when the server says it is busy.",
+            minimum=0,
+            maximum=20,
+            advanced=True,
+        ),
+    ),
+    features=frozenset({"messages", "logprobs", "echo", "grammar", "json_schema", "regex", "embeddings", "score"}),
+    devices=("cpu",),
+    probe=("httpx",),
+    slots=64,
+)
+
+NEWS_S = 0.005  # how soon a new request is seen while the running ones wait
+
+
+class RemoteEngine(Engine):
+    spec = SPEC
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._news = threading.Event()
+        self._remote: Remote | None = None
+        self._context = 0
+        self._own_limit = False
+
+    @classmethod
+    def versions(cls) -> dict[str, str]:
+        import httpx
+
+        return {"httpx": httpx.__version__}
+
+    # --- load -----------------------------------------------------------------------------------------------------
+
+    def load(self, path: str, options: dict[str, Any], progress: Progress) -> ModelInfo:
+        from loaders._remote_answer import Remote
+
+        parts = split_path(path)
+        if parts is None:
+            raise LoadError("This is no model of a saved server.", hint="Add the server: server.py remote add NAME URL")
+        file, name, model = parts
+        server = next((s for s in read_servers(file) if s.name == name), None) if file.is_file() else None
+        if server is None:
+            raise ModelNotFound(f"There is no server named {name[:60]!r} any more.", hint="Add it again.", param="model")
+        progress(LoadProgress(f"Asking {name}"))
+        threading.Thread(target=self._loop.run_forever, name="http", daemon=True).start()
+        try:
+            self._remote = self._wait(Remote.connect(server, model, options))
+        except (RemoteError, EngineTimeout) as error:
+            raise BackendUnavailable(error.message, hint=error.hint) from error
+        found = self._remote.found
+        self._own_limit = bool(options["ctx_size"])
+        self._context = options["ctx_size"] or found.context_length
+        lacks = self._remote.lacks(plain_chat=options["chat"] == "plain")
+        quantization = found.entry.get("quantization")
+        return ModelInfo(
+            name=model,
+            path=f"{name}/{model}",
+            loader=SPEC.name,
+            format="remote",
+            architecture=str(found.entry.get("architecture") or found.kind.title)[:100],
+            quantization=Quantization(quantization[:40]) if isinstance(quantization, str) else None,
+            context_length=self._context,
+            vocab_size=found.vocab_size,
+            eos_token_ids=found.eos_token_ids,
+            device_map={"remote": 1.0},
+            engine=" ".join(filter(None, [found.kind.title, found.version, f"at {name}"])),
+            notes=self._remote.notes(),
+            lacks=lacks,
+        )
+
+    def close(self) -> None:
+        if self._remote is not None:
+            with contextlib.suppress(AppError):
+                self._wait(self._remote.close())
+
+    def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+    # --- text -----------------------------------------------------------------------------------------------------
+
+    def encode(self, text: str, add_special: bool) -> list[int]:
+        return self._wait(self._loaded.tokenizer.encode(text, add_special))
+
+    def decode(self, token_ids: Sequence[int], skip_special: bool = True) -> str:
+        return self._wait(self._loaded.tokenizer.decode(token_ids, skip_special)) if token_ids else ""
+
+    def score(self, token_ids: Sequence[int]) -> list[float]:
+        return self._wait(self._loaded.score(token_ids))
+
+    def embed(self, token_ids: Sequence[int]) -> list[float]:
+        return self._wait(self._loaded.embed(token_ids))
+
+    @property
+    def _loaded(self) -> Remote:
+        if self._remote is None:
+            raise UnsupportedParameter("No server is connected.")
+        return self._remote
+
+    # --- generation -----------------------------------------------------------------------------------------------
+
+    def wait_for_news(self) -> None:
+        self._news.wait(NEWS_S)
+        self._news.clear()
+
+    def generate(self, request: GenerationRequest, cancel: CancelToken) -> Iterator[Event | None]:
+        seed = request.sampling.get("seed", -1)
+        seed = random.randrange(2**31) if seed < 0 else seed
+        items: queue.SimpleQueue[TokenEvent | Done | Exception] = queue.SimpleQueue()
+
+        def put(item: TokenEvent | Done | Exception) -> None:
+            items.put(item)
+            self._news.set()
+
+        began = time.perf_counter()
+        room = self._context if self._own_limit else 0
+        work = asyncio.run_coroutine_threadsafe(self._loaded.answer(request, seed, room, put), self._loop)
+        first: float | None = None
+        count = 0
+        prompt = _estimate(request)
+        yield PrefillProgress(request.request_id, prompt, prompt)
+        try:
+            while True:
+                if cancel.cancelled:
+                    ended = time.perf_counter()
+                    timings = Timings((first or ended) - began, ended - (first or ended))
+                    yield Done(request.request_id, "cancelled", Usage(prompt, count), timings, seed=seed)
+                    return
+                try:
+                    item = items.get_nowait()
+                except queue.Empty:
+                    yield None
+                    continue
+                if isinstance(item, Exception):
+                    raise item
+                if isinstance(item, TokenEvent):
+                    first = first or time.perf_counter()
+                    count += len(item.token_ids)
+                yield item
+                if isinstance(item, Done):
+                    return
+        finally:
+            work.cancel()
+
+
+def _estimate(request: GenerationRequest) -> int:
+    """Tokens of a prompt before the server has counted them: about four bytes each."""
+    if request.token_ids is not None:
+        return len(request.token_ids)
+    if request.chat is not None:
+        return sum(len(str(m.get("content") or "").encode("utf-8", "replace")) // 4 + 4 for m in request.chat.messages)
+    return max(1, len((request.prompt or "").encode("utf-8", "replace")) // 4)

@@ -1,0 +1,69 @@
+"""Addresses of remote servers: what may be saved, and where a name may lead when it is used.
+
+Only the operator adds servers, so this machine and its network are allowed, because the operator named them. Never allowed are
+the addresses where clouds keep their secrets, and a name that has come to lead further inside than when it was saved.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import socket
+from urllib.parse import urlsplit, urlunsplit
+
+from modules import reach
+from modules.errors import InvalidParameter, RemoteError
+
+MAX_URL = 500
+PORTS = {"http": 80, "https": 443}
+
+
+def check_url(text: str) -> str:
+    """A base URL such as http://box:8000/v1, made canonical; without a path, /v1 is meant. Raises InvalidParameter."""
+    hint = "Give the address of its OpenAI API, such as http://192.168.1.20:8000/v1."
+    text = text.strip()
+    if len(text) > MAX_URL or any(ord(c) <= 32 or ord(c) == 127 or c == "\\" for c in text):
+        raise InvalidParameter("The address holds a space or control character, or is too long.", hint=hint, param="url")
+    try:
+        parts = urlsplit(text)
+        host, port = (parts.hostname or "").lower(), parts.port
+    except ValueError:
+        raise InvalidParameter("This is no address.", hint=hint, param="url") from None
+    if parts.scheme not in PORTS or not host:
+        raise InvalidParameter("The address must begin with http:// or https:// and name a host.", hint=hint, param="url")
+    if parts.username is not None or parts.password is not None:
+        raise InvalidParameter("A name or password does not belong into the address.", hint="Give the key apart.", param="url")
+    if parts.query or parts.fragment or "?" in text or "#" in text:
+        raise InvalidParameter("The address has a query or a fragment.", hint=hint, param="url")
+    place = f"[{host}]" if ":" in host else host
+    if port is not None and port != PORTS[parts.scheme]:
+        place = f"{place}:{port}"
+    return urlunsplit((parts.scheme, place, parts.path.rstrip("/") or "/v1", "", ""))
+
+
+def origin(url: str) -> tuple[str, str, int]:
+    """Scheme, host and port. Raises ValueError for a port that is none."""
+    parts = urlsplit(url)
+    return parts.scheme, (parts.hostname or "").lower(), parts.port or PORTS.get(parts.scheme, 0)
+
+
+def resolve(url: str) -> tuple[list[str], int]:
+    """(the IP addresses of a URL's host, the innermost reach among them). Blocks while the name is looked up.
+
+    Raises RemoteError for a name that can't be found, and for an address that nobody may be led to.
+    """
+    _, host, port = origin(url)
+    try:
+        found = [ipaddress.ip_address(host)]
+    except ValueError:
+        try:
+            rows = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError):
+            raise RemoteError(f"{host} can't be found.", hint="Check the name and the network.") from None
+        found = list(dict.fromkeys(ipaddress.ip_address(str(row[4][0]).partition("%")[0]) for row in rows))
+    innermost = max(map(reach.reach_of, found), default=reach.PUBLIC)
+    if innermost == reach.LINK_LOCAL or any(address.is_unspecified for address in found):
+        raise RemoteError(
+            f"{host} leads to an address where no such server can be.",
+            hint="Link-local, multicast and cloud metadata addresses are never used.",
+        )
+    return [str(address) for address in found], innermost

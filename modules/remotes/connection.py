@@ -1,0 +1,295 @@
+"""HTTP to one remote server, by our rules: its address looked up once and kept, no redirect to another place, every answer
+measured before it is believed, and the key in no message.
+
+Each failure becomes an AppError that names the server and says what to do.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import re
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urljoin, urlsplit, urlunsplit
+
+import httpx
+
+from modules import reach
+from modules.errors import AppError, ContextLengthExceeded, EngineTimeout, ModelNotFound, RemoteBusy, RemoteError, RequestError
+from modules.remotes.address import PORTS, origin, resolve
+
+if TYPE_CHECKING:
+    from modules.remotes.store import Server
+
+MAX_BODY = 16 << 20
+MAX_LINE = 4 << 20
+MAX_SAID = 300
+MAX_REDIRECTS = 3
+CONNECT_S = 10.0
+_TOO_LONG = re.compile(
+    r"context (length|window|size)|maximum context|too long|exceeds? the (available )?context|max_model_len", re.I
+)
+
+
+class Connection:
+    """One server. Belongs to one event loop; `silence_s` is how long it may send nothing."""
+
+    def __init__(self, server: Server, *, silence_s: float = 300.0, connect_s: float = CONNECT_S) -> None:
+        self.server = server
+        self._silence_s = silence_s
+        self._addresses: list[str] = []
+        headers = {"User-Agent": "switchyard", "Accept-Encoding": "identity"}
+        if server.key:
+            headers["Authorization"] = f"Bearer {server.key}"
+        self._client = httpx.AsyncClient(
+            headers=headers,
+            timeout=httpx.Timeout(silence_s, connect=connect_s, pool=None),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=8),
+            follow_redirects=False,
+            trust_env=False,
+        )
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+    # --- requests -------------------------------------------------------------------------------------------------
+
+    def url(self, path: str, *, root: bool = False) -> str:
+        """An address below the base, or with `root` beside its /v1, where the servers' own routes are."""
+        base = self.server.url
+        return (base.removesuffix("/v1") if root else base) + path
+
+    async def get(self, path: str, *, root: bool = False) -> Any:
+        """The JSON answer. Raises AppError."""
+        async with self.open("GET", self.url(path, root=root)) as response:
+            return await self._json(response)
+
+    async def post(self, path: str, body: dict[str, Any], *, root: bool = False) -> Any:
+        """The JSON answer. Raises AppError."""
+        async with self.open("POST", self.url(path, root=root), body) as response:
+            return await self._json(response)
+
+    async def events(self, path: str, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+        """The objects of a streamed answer, up to [DONE] or its end; a whole answer is one object. Raises AppError."""
+        async with self.open("POST", self.url(path), body) as response:
+            kind = _content_type(response)
+            if kind == "application/json":
+                yield await self._json(response)
+                return
+            if kind != "text/event-stream":
+                raise self._no_api(kind)
+            async for data in self._data(response):
+                if data == b"[DONE]":
+                    return
+                yield self._object(data)
+
+    @contextlib.asynccontextmanager
+    async def open(self, method: str, url: str, body: dict[str, Any] | None = None) -> AsyncIterator[httpx.Response]:
+        """A successful response, its body still to be read. Redirects are followed at the same place alone."""
+        content = None if body is None else json.dumps(body, ensure_ascii=True).encode("ascii")
+        try:
+            for _ in range(MAX_REDIRECTS):
+                response = await self._send(method, url, content)
+                try:
+                    if response.status_code in (301, 302, 303, 307, 308):
+                        url = self._redirected(method, url, response)
+                        continue
+                    if response.status_code != 200:
+                        raise self._refusal(response, await _read(response, MAX_BODY))
+                    yield response
+                    return
+                finally:
+                    await response.aclose()
+            raise RemoteError(f"{self.server.name} redirects in a circle.", hint="Check its address.")
+        except httpx.HTTPError as error:
+            raise self._broken(error) from error
+
+    async def _send(self, method: str, url: str, content: bytes | None) -> httpx.Response:
+        """Connect to the addresses that were checked, whatever the name means by now."""
+        parts = urlsplit(url)
+        if not self._addresses:
+            self._addresses = await asyncio.to_thread(self._resolved)
+        headers = {"Host": parts.netloc}
+        if content is not None:
+            headers["Content-Type"] = "application/json"
+        failure: httpx.HTTPError | None = None
+        for address in self._addresses:
+            place = f"[{address}]" if ":" in address else address
+            fixed = urlunsplit((parts.scheme, f"{place}:{parts.port or PORTS[parts.scheme]}", parts.path, parts.query, ""))
+            request = self._client.build_request(
+                method, fixed, headers=headers, content=content, extensions={"sni_hostname": parts.hostname}
+            )
+            try:
+                return await self._client.send(request, stream=True)
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                failure = error
+        assert failure is not None
+        raise failure
+
+    def _resolved(self) -> list[str]:
+        addresses, innermost = resolve(self.server.url)
+        if innermost > self.server.reach:
+            where = "this computer" if innermost == reach.LOOPBACK else "the local network"
+            raise RemoteError(
+                f"The address of {self.server.name} now leads into {where}, which it did not when it was saved.",
+                hint="If you mean that, remove the server and add it again.",
+            )
+        return addresses
+
+    def _redirected(self, method: str, url: str, response: httpx.Response) -> str:
+        target = urljoin(url, response.headers.get("location", ""))
+        try:
+            same = origin(target) == origin(url)
+        except ValueError:
+            same = False
+        if not same:
+            place = _printable(urlsplit(target).netloc.rpartition("@")[2]) or "nowhere"
+            raise RemoteError(
+                f"{self.server.name} redirects to another place ({place}), which is not followed.",
+                hint="If you trust that place, save its address as a server.",
+            )
+        if method == "POST" and response.status_code not in (307, 308):
+            raise RemoteError(f"{self.server.name} redirects a request in a way that drops it.", hint="Check its address.")
+        return str(target)
+
+    # --- answers --------------------------------------------------------------------------------------------------
+
+    async def _json(self, response: httpx.Response) -> Any:
+        body = await _read(response, MAX_BODY)
+        if len(body) > MAX_BODY:
+            raise RemoteError(f"{self.server.name} sent an answer of more than {MAX_BODY >> 20} MB.", hint="Check its address.")
+        try:
+            return json.loads(body.decode("utf-8", "replace"))
+        except (ValueError, RecursionError):
+            raise self._no_api(_content_type(response)) from None
+
+    async def _data(self, response: httpx.Response) -> AsyncIterator[bytes]:
+        """The data lines of server-sent events."""
+        buffer = bytearray()
+        async for chunk in response.aiter_raw():
+            buffer += chunk
+            *lines, rest = buffer.split(b"\n")
+            for line in lines:
+                if line.startswith(b"data:"):
+                    yield bytes(line[5:].strip())
+            if len(rest) > MAX_LINE:
+                raise RemoteError(
+                    f"{self.server.name} sent a line of more than {MAX_LINE >> 20} MB.", hint="Look at that server's log."
+                )
+            buffer = rest
+        if buffer.startswith(b"data:"):
+            yield bytes(buffer[5:].strip())
+
+    def _object(self, data: bytes) -> dict[str, Any]:
+        try:
+            value = json.loads(data.decode("utf-8", "replace"))
+        except (ValueError, RecursionError):
+            value = None
+        if not isinstance(value, dict):
+            raise RemoteError(f"{self.server.name} sent something that is no JSON.", hint="Look at that server's log.")
+        if value.get("error"):
+            raise self.said(500, value)
+        return value
+
+    def _no_api(self, kind: str) -> RemoteError:
+        what = f"It answered with {_printable(kind) or 'something that has no type'}."
+        return RemoteError(
+            f"There is no OpenAI API at the address of {self.server.name}. {what}",
+            hint="The address usually ends with /v1; a proxy's login page may be in between.",
+        )
+
+    # --- failures -------------------------------------------------------------------------------------------------
+
+    def _refusal(self, response: httpx.Response, body: bytes) -> AppError:
+        try:
+            value = json.loads(body.decode("utf-8", "replace"))
+        except (ValueError, RecursionError):
+            value = None
+        return self.said(response.status_code, value, _seconds(response.headers.get("retry-after")))
+
+    def said(self, status: int, value: Any, retry_after: float | None = None) -> AppError:
+        """The far server's own error as ours. A refused key is our operator's business, not our client's: it is no 401."""
+        words, code = self._words(value)
+        name = self.server.name
+        colon = f": {words}" if words else "."
+        if status in (401, 403):
+            has = "its key" if self.server.key else "a request without a key"
+            return RemoteError(
+                f"{name} refused {has} ({status}){colon}", hint=f"Save it with the right key: server.py remote add {name} …"
+            )
+        if status in (429, 503, 529):
+            when = f" in {retry_after:.0f} s" if retry_after else " in a moment"
+            return RemoteBusy(f"{name} is busy ({status}){colon}", hint=f"Try again{when}.", detail={"retry_after": retry_after})
+        if status == 413 or code == "context_length_exceeded" or (status < 500 and _TOO_LONG.search(words)):
+            return ContextLengthExceeded(f"{name}{colon}", hint="Shorten the prompt.", param="prompt")
+        if code == "model_not_found" or (status == 404 and "model" in words.lower()):
+            return ModelNotFound(f"{name}{colon}", hint="Refresh the model list: it has other models now.", param="model")
+        if status in (404, 405, 501):
+            return RemoteError(f"{name} has no such route ({status}){colon}", hint="Check its address: it usually ends with /v1.")
+        if 400 <= status < 500:
+            return RequestError(f"{name} refused the request ({status}){colon}")
+        return RemoteError(f"{name} failed ({status}){colon}", hint="Look at that server's log.")
+
+    def _words(self, value: Any) -> tuple[str, str]:
+        """(message, code) of the error bodies in use; the key, should it be quoted, is taken out."""
+        error = value.get("error", value) if isinstance(value, dict) else value
+        words, code = (error, "") if isinstance(error, str) else ("", "")
+        if isinstance(error, dict):
+            found = error.get("message") or error.get("detail") or error.get("msg") or ""
+            words, code = (
+                found if isinstance(found, str) else json.dumps(found),
+                str(error.get("code") or error.get("type") or ""),
+            )
+        if self.server.key:
+            words = words.replace(self.server.key, "***")
+        return _printable(words), code
+
+    def _broken(self, error: httpx.HTTPError) -> AppError:
+        name = self.server.name
+        if isinstance(error, httpx.ConnectTimeout):
+            return RemoteError(f"{name} does not answer.", hint="Check that it runs and that its address is right.")
+        if isinstance(error, httpx.ConnectError):
+            return RemoteError(
+                f"{name} can't be reached: {_reason(error)}.", hint="Check that it runs and that its address is right."
+            )
+        if isinstance(error, httpx.TimeoutException):
+            return EngineTimeout(
+                f"{name} sent nothing for {self._silence_s:g} s.", hint="It may be overloaded; its log says more. Try again."
+            )
+        return RemoteError(
+            f"{name} broke the connection: {_reason(error)}.", hint="It may have ended; look at its log, then try again."
+        )
+
+
+async def _read(response: httpx.Response, limit: int) -> bytes:
+    """The body, or its beginning of more than `limit` bytes."""
+    body = bytearray()
+    async for chunk in response.aiter_raw():
+        body += chunk
+        if len(body) > limit:
+            break
+    return bytes(body)
+
+
+def _content_type(response: httpx.Response) -> str:
+    return str(response.headers.get("content-type", "")).partition(";")[0].strip().lower()
+
+
+def _seconds(value: str | None) -> float | None:
+    """Retry-After in seconds; a date is not read."""
+    try:
+        seconds = float(value or "")
+    except ValueError:
+        return None
+    return seconds if 0 <= seconds <= 86_400 else None
+
+
+def _printable(text: str) -> str:
+    """A stranger's words, fit for one line of a message."""
+    return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))[:MAX_SAID]
+
+
+def _reason(error: Exception) -> str:
+    return _printable(str(error)).rstrip(".") or type(error).__name__
