@@ -57,7 +57,7 @@ def read_shape(model: ModelFiles) -> Shape:
         model.parameters or 0,
         context=model.context_length or 0,
         path=model.path,
-        gap="" if model.format == "echo" else "its format says nothing about its size in memory",
+        gap="" if model.format in ("echo", "remote") else "its format says nothing about its size in memory",
     )
 
 
