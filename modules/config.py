@@ -95,6 +95,12 @@ class Config:
     )
     extensions: tuple[str, ...] = _option([], "Extensions to load, in this order.", "Data", metavar="NAME")
 
+    # Downloads
+    hub_endpoint: str | None = _option(
+        None, "Hub to download from, such as a mirror. Default: HF_ENDPOINT, else the public one.", "Downloads", metavar="URL"
+    )
+    hub_proxy: str | None = _option(None, "Proxy for downloads. Default: HTTPS_PROXY and HTTP_PROXY.", "Downloads", metavar="URL")
+
     # Set-up
     torch: str = _option("auto", TORCH_HELP, "Set-up", metavar="BUILD")
     background_install: bool = _option(True, "Go on installing missing default backends while serving.", "Set-up")

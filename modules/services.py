@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from modules.chat.store_sqlite import SqliteChatStore
     from modules.chat.templates import TemplateRenderer
     from modules.config import Config
+    from modules.download.account import HubAccount
+    from modules.download.jobs import Downloads
     from modules.evaluate.jobs import EvaluationJobs
     from modules.events import EventBus
     from modules.generation import Runs
@@ -48,6 +50,8 @@ class Services:
     installs: InstallManager
     evaluations: EvaluationJobs
     quantizations: Quantizations
+    hub: HubAccount
+    downloads: Downloads
     chat: ChatService = None  # type: ignore[assignment]  # set by modules.app, which it is built from
     batches: BatchJobs = None  # type: ignore[assignment]  # likewise
     ui_state: Literal["off", "starting", "ready", "failed"] = "off"

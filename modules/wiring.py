@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from modules.chat.store_sqlite import SqliteChatStore
 from modules.chat.templates import TemplateRenderer
 from modules.config import ROOT
+from modules.download.account import HubAccount
+from modules.download.jobs import Downloads
 from modules.engine_client import WorkerClient
 from modules.errors import AppError, ModelNotFound
 from modules.evaluate.jobs import EvaluationJobs
@@ -81,6 +83,7 @@ def build_services(config: Config) -> Services:
         datasets=[config.user_data_dir / "datasets"],
         options=model_options,
     )
+    hub = HubAccount(config.user_data_dir, config.hub_endpoint, config.hub_proxy)
     return Services(
         config=config,
         specs=specs,
@@ -98,6 +101,8 @@ def build_services(config: Config) -> Services:
         installs=InstallManager(overlays, events, torch=config.torch),
         evaluations=EvaluationJobs(around, events),
         quantizations=Quantizations(library, config.model_dir, overlays, events, config.user_data_dir / "quantizations.json"),
+        hub=hub,
+        downloads=Downloads(hub, config.model_dir, events, config.user_data_dir / "downloads.json"),
     )
 
 
@@ -122,6 +127,7 @@ async def running(services: Services) -> AsyncIterator[None]:
         _keep(background, services.templates.warm())
         if not services.config.no_model:
             _keep(background, load_first_model(services, services.manager.expect_first()))
+        services.downloads.start_up()
         if services.config.background_install:
             services.installs.resume()
         yield
@@ -134,6 +140,7 @@ async def running(services: Services) -> AsyncIterator[None]:
         await end_streams(services)
         if services.chat is not None:
             await services.chat.close()
+        await services.downloads.close()
         await services.installs.close()
         await services.evaluations.close()
         await services.quantizations.close()

@@ -67,6 +67,13 @@ class Body:
             raise InvalidParameter(f"{name} must be one of {', '.join(choices)}.", param=name)
         return str(value)
 
+    def optional_texts(self, name: str, *, most: int, limit: int = 1000) -> list[str]:
+        """A list of texts; empty where it is missing or null."""
+        value = self._data.pop(name, None) or []
+        if not isinstance(value, list) or len(value) > most or not all(isinstance(t, str) and 0 < len(t) <= limit for t in value):
+            raise InvalidParameter(f"{name} must be a list of at most {most} texts.", param=name)
+        return value
+
     def rest(self) -> dict[str, Any]:
         """Everything that is left, for a table that checks its own names."""
         rest, self._data = self._data, {}

@@ -9,12 +9,10 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import httpx
 
 from modules.detect import inspect
 from modules.download.hub import Hub, check_names, list_repository
@@ -32,15 +30,16 @@ _MARGIN = 64_000_000
 
 @dataclass(frozen=True, slots=True)
 class DownloadRequest:
-    """`folder` None: OWNER_NAME in the model folder. `stall_s`: how long the server may send nothing."""
+    """`folder` None: OWNER_NAME in the model folder. `stall_s`: how long the server may send nothing. `reserved_bytes`: what
+    other downloads still need of the same disk."""
 
     repo: str
     model_dir: Path
     revision: str | None = None
     include: tuple[str, ...] = ()
     folder: Path | None = None
-    endpoint: str | None = None
     stall_s: float = 30.0
+    reserved_bytes: int = 0
 
     def target(self) -> Path:
         check_names(self.repo, self.revision)
@@ -49,7 +48,8 @@ class DownloadRequest:
 
 @dataclass(frozen=True, slots=True)
 class DownloadProgress:
-    """`done_bytes` counts what was on disk before; `speed` is bytes per second over the last seconds, None at first."""
+    """`done_bytes` counts what was on disk before; `speed` is bytes per second over the last seconds, None at first; `finished`
+    is the file that has just got its name."""
 
     file: str
     done_bytes: int
@@ -57,6 +57,7 @@ class DownloadProgress:
     files_done: int
     files_total: int
     speed: float | None = None
+    finished: str | None = None
 
     @property
     def fraction(self) -> float:
@@ -79,7 +80,7 @@ async def plan_download(request: DownloadRequest, hub: Hub | None = None) -> Dow
     """What would be fetched. Raises DownloadError, InvalidParameter, UnsafeModel."""
     check_names(request.repo, request.revision)
     if hub is None:
-        hub = await asyncio.to_thread(Hub.from_environment, request.endpoint)
+        hub = await asyncio.to_thread(Hub.from_environment)
     commit, files = await list_repository(hub, request.repo, request.revision)
     return choose_files(request.repo, commit, files, request.include)
 
@@ -99,7 +100,7 @@ async def download(
     """
     folder = request.target()
     if hub is None:
-        hub = await asyncio.to_thread(Hub.from_environment, request.endpoint)
+        hub = await asyncio.to_thread(Hub.from_environment)
     plan = plan or await plan_download(request, hub)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,18 +109,16 @@ async def download(
     with _lock(folder):
         record = _read_record(folder)
         missing = [file for file in plan.files if not await asyncio.to_thread(_have, folder, file, record)]
-        _ask_for_space(folder, missing)
+        _ask_for_space(folder, missing, request.reserved_bytes)
         _remove_old_parts(folder, plan.files)
         meter = _Meter(plan, missing, on_progress)
-        timeout = httpx.Timeout(request.stall_s, connect=min(15.0, request.stall_s))
-        async with httpx.AsyncClient(timeout=timeout, limits=httpx.Limits(max_connections=4)) as client:
-            for file in missing:
-                target = folder.joinpath(*file.path.split("/"))
-                target.parent.mkdir(parents=True, exist_ok=True)
-                url = hub.file_url(plan.repo, plan.commit, file.path)
-                await fetch_file(client, hub, url, file, target, meter.at(file), backoff_s=backoff_s)
-                meter.finished(file)
-                _write_record(folder, plan, file)
+        for file in missing:
+            target = folder.joinpath(*file.path.split("/"))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            url = hub.file_url(plan.repo, plan.commit, file.path)
+            await fetch_file(hub, url, file, target, meter.at(file), stall_s=request.stall_s, backoff_s=backoff_s)
+            _write_record(folder, plan, file)
+            meter.finished(file)
     return Downloaded(folder, plan, await asyncio.to_thread(inspect, _model_path(folder, plan)))
 
 
@@ -158,7 +157,7 @@ class _Meter:
     def finished(self, file: RepoFile) -> None:
         self.base += file.size
         self.files_done += 1
-        self.on_progress(DownloadProgress(file.path, self.base, self.total, self.files_done, self.count))
+        self.on_progress(DownloadProgress(file.path, self.base, self.total, self.files_done, self.count, finished=file.path))
 
 
 def _have(folder: Path, file: RepoFile, record: dict[str, Any]) -> bool:
@@ -171,6 +170,27 @@ def _have(folder: Path, file: RepoFile, record: dict[str, Any]) -> bool:
     if identity and known == [identity, path.stat().st_mtime_ns]:
         return True
     return identity is not None and matches(path, file)
+
+
+def remove_unfinished(folder: Path, paths: Iterable[str]) -> None:
+    """Delete every part below `folder`, and those of its finished files that `paths` names; then the folders that are empty.
+
+    Raises Conflict when the folder is being downloaded into.
+    """
+    if not folder.is_dir():
+        return
+    with _lock(folder):
+        files = _read_record(folder)
+        for path in paths:
+            folder.joinpath(*path.split("/")).unlink(missing_ok=True)
+            files.pop(path, None)
+        for part in folder.rglob(".*.part"):
+            part.unlink(missing_ok=True)
+        if not files:
+            (folder / RECORD).unlink(missing_ok=True)
+    for inner in sorted((path for path in (folder, *folder.rglob("*")) if path.is_dir()), reverse=True):
+        with contextlib.suppress(OSError):  # something of the user's own is in it
+            inner.rmdir()
 
 
 def _read_record(folder: Path) -> dict[str, Any]:
@@ -191,15 +211,16 @@ def _write_record(folder: Path, plan: DownloadPlan, file: RepoFile) -> None:
     os.replace(part, folder / RECORD)
 
 
-def _ask_for_space(folder: Path, missing: list[RepoFile]) -> None:
-    needed = 0
+def _ask_for_space(folder: Path, missing: list[RepoFile], reserved: int) -> None:
+    needed = reserved
     for file in missing:
         part = part_path(folder.joinpath(*file.path.split("/")), file)
         needed += file.size - (part.stat().st_size if part.is_file() else 0)
     free = shutil.disk_usage(folder).free
     if missing and needed + _MARGIN > free:
         raise StorageFull(
-            f"The download needs {needed / 1e9:,.2f} GB more, the disk has {free / 1e9:,.2f} GB free.",
+            f"The download needs {(needed - reserved) / 1e9:,.2f} GB more, the disk has {free / 1e9:,.2f} GB free"
+            + (f" and other downloads need {reserved / 1e9:,.2f} GB of it." if reserved else "."),
             hint="Free some space, choose a smaller quantization with --include, or a folder on another disk with --out.",
         )
 

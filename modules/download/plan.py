@@ -67,6 +67,50 @@ def choose_files(repo: str, commit: str, files: Sequence[RepoFile], include: Seq
     return DownloadPlan(repo, commit, tuple(wanted[path] for path in sorted(wanted)), skipped)
 
 
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One form of the model in a repository: its safetensors, or one GGUF with all its parts."""
+
+    label: str
+    files: tuple[RepoFile, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(file.size for file in self.files)
+
+
+_GGUF_TYPE = re.compile(
+    r"(?<![a-z0-9])((?:ud-)?(?:i?q\d(?:_[a-z0-9]{1,2}){0,3}|tq\d_\d|bf16|f16|f32|mxfp4(?:_moe)?))(?![a-z0-9])", re.IGNORECASE
+)
+
+
+def variants(files: Sequence[RepoFile]) -> list[Variant]:
+    """What can be fetched by itself, safetensors first, then the GGUFs from small to large; what is refused is in none."""
+    usable = [file for file in files if not _refused(file, {})]
+    found = []
+    plain = _plain_safetensors(usable)
+    if plain:
+        found.append(Variant("safetensors", tuple(plain)))
+    ggufs: dict[str, list[RepoFile]] = {}
+    for file in usable:
+        if file.path.endswith(".gguf"):
+            ggufs.setdefault(_SHARD.sub("", file.path), []).append(file)
+    labelled = [Variant(_gguf_label(name), tuple(parts)) for name, parts in ggufs.items()]
+    return [*found, *sorted(labelled, key=lambda variant: (variant.size_bytes, variant.label))]
+
+
+def _gguf_label(name: str) -> str:
+    """Its type, as its name says; else the name itself."""
+    stem = name.rpartition("/")[2].removesuffix(".gguf")
+    types = _GGUF_TYPE.findall(stem)
+    return f"projector {types[-1].upper()}" if types and "mmproj" in stem.lower() else types[-1].upper() if types else stem
+
+
+def _plain_safetensors(files: Sequence[RepoFile]) -> list[RepoFile]:
+    # consolidated.* is the same model once more, in its first publisher's layout.
+    return [f for f in files if f.path.endswith(".safetensors") and "/" not in f.path and not f.path.startswith("consolidated")]
+
+
 def _refused(file: RepoFile, skipped: dict[str, str]) -> bool:
     """Whether a file is never fetched, whatever is asked for; the reason goes into `skipped`."""
     path = file.path
@@ -95,8 +139,7 @@ def _is_sidecar(path: str) -> bool:
 
 def _default_weights(repo: str, weights: list[RepoFile], skipped: dict[str, str]) -> list[RepoFile]:
     safetensors = [file for file in weights if file.path.endswith(".safetensors") and "/" not in file.path]
-    # consolidated.* is the same model once more, in its first publisher's layout.
-    plain = [file for file in safetensors if not file.path.startswith("consolidated")]
+    plain = _plain_safetensors(weights)
     if plain:
         _note_rest(weights, plain, "the safetensors are fetched", skipped)
         return plain
