@@ -68,6 +68,7 @@ NEEDS_A_MODEL: dict[str, tuple[str, dict[str, Any]]] = {
     "/embedding": ("Vectors of texts.", {"content": ["a cat", "a dog"]}),
     "/infill": ("What belongs in between, by a model for code.", {"input_prefix": "def f(", "input_suffix": "): pass"}),
     "/v1/internal/logits": ("The likeliest next tokens.", {"prompt": "Once upon a", "top_logits": 5}),
+    "/v1/internal/model/download": ("Fetch a model in the background.", {"repository": "owner/name", "files": ["model.gguf"]}),
     "/v1/internal/lora/load": ("Apply adapters of --lora-dir.", {"lora_names": ["my-lora"]}),
 }
 

@@ -66,6 +66,16 @@ class LoadRequest(BaseModel):
     anyway: bool = False
 
 
+class DownloadRequest(BaseModel):
+    """`revision` is a branch, tag or commit; `files` are paths of the repository, none for the usual choice."""
+
+    model_config = ConfigDict(strict=True, extra="ignore")
+
+    repository: str = Field(max_length=200)
+    revision: str | None = Field(None, max_length=200)
+    files: list[str] = Field(default_factory=list, max_length=5000)
+
+
 class LoraRequest(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore")
 

@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from modules import caller
 from modules.api import internal_models as models
 from modules.api.body import read_object
+from modules.api.internal_downloads import add_downloads
 from modules.api.job import Job, meant, render_prompt, respond
 from modules.api.openai_models import ChatRequest, parse, schema_of
 from modules.api.openai_turns import chat_turn
@@ -38,6 +39,7 @@ def build_router(services: Services) -> APIRouter:
     _add_text(router, services)
     _add_generation(router, services)
     _add_models(router, services)
+    add_downloads(router, services)
     _add_loras(router, services)
     return router
 

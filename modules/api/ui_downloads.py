@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request
@@ -13,9 +12,13 @@ from modules.api.ui_body import Body
 from modules.download.hub import list_repository, list_revisions
 from modules.download.plan import choose_files, variants
 from modules.errors import ConfigError, InvalidParameter, UnsafeModel
+from modules.plan import verdict
+from modules.plan.machine import this_machine
+from modules.schema import to_wire
 
 if TYPE_CHECKING:
     from modules.download.plan import RepoFile, Variant
+    from modules.plan import Machine
     from modules.services import Services
 
 MAX_NAME = 200
@@ -121,38 +124,25 @@ def _shown(services: Services, repository: str, commit: str, files: list[RepoFil
         problem = None if error.param == "include" else str(error)  # several GGUFs: the page's user picks one
     except UnsafeModel as error:
         problem = str(error)
+    machine = this_machine(services.config.model_dir, services.config.user_data_dir, bandwidth=False)
     rows = [{"path": file.path, "size": file.size} for file in sorted(files, key=lambda file: file.path)]
     return {
         "repository": repository,
         "commit": commit,
         "problem": problem,
         "chosen": chosen,
-        "variants": [_variant(services, variant) for variant in variants(files)],
+        "variants": [_variant(variant, machine) for variant in variants(files)],
         "files": rows[:MAX_SHOWN],
         "left_out": max(0, len(rows) - MAX_SHOWN),
         "skipped": dict(list(skipped.items())[:MAX_SHOWN]),
-        "free_bytes": _free(services),
+        "free_bytes": machine.disk_free_bytes,
     }
 
 
-def _variant(services: Services, variant: Variant) -> dict[str, Any]:
+def _variant(variant: Variant, machine: Machine) -> dict[str, Any]:
     return {
         "label": variant.label,
         "files": [file.path for file in variant.files],
         "size_bytes": variant.size_bytes,
-        "verdict": _verdict(services, variant),
+        "verdict": to_wire(verdict(variant.size_bytes, machine)),
     }
-
-
-def _verdict(services: Services, variant: Variant) -> dict[str, Any] | None:
-    return None
-
-
-def _free(services: Services) -> int | None:
-    folder = services.config.model_dir
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    try:
-        return shutil.disk_usage(folder).free
-    except OSError:  # the page then says nothing about it; the download itself asks again
-        return None

@@ -7,7 +7,6 @@ never shown again. Flags and the environment are the operator's base; what is sa
 from __future__ import annotations
 
 import json
-import os
 import re
 import threading
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from urllib.parse import urlsplit, urlunsplit
 from modules.download.hub import Hub, check_endpoint, origin, split_url
 from modules.errors import ConfigError, InvalidParameter
 from modules.overlays import read_json
+from modules.private_file import write_private
 from modules.yaml_file import save_error
 
 if TYPE_CHECKING:
@@ -82,19 +82,9 @@ class HubAccount:
         return {**texts, "tokens": good}
 
     def _write(self, data: dict[str, Any]) -> None:
-        part = self._path.with_name(f".{FILE}.{os.getpid()}.part")
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            part.unlink(missing_ok=True)
-            # Made with its mode and not changed to it: nobody else may read it at any moment.
-            descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with open(descriptor, "w", encoding="utf-8") as file:
-                json.dump(data, file, indent=1)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, self._path)
+            write_private(self._path, json.dumps(data, indent=1))
         except OSError as error:
-            part.unlink(missing_ok=True)
             raise save_error(FILE, error) from error
 
 

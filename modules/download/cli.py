@@ -14,7 +14,8 @@ from modules.schema import LoadProgress
 if TYPE_CHECKING:
     import argparse
 
-    from modules.download.fetch import DownloadProgress
+    from modules.download.fetch import DownloadProgress, DownloadRequest
+    from modules.download.hub import Hub
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -23,8 +24,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         "download",
         help="download a model",
         description="Fetch a model from the hub into the model folder. Safetensors are preferred; pickles and code are "
-        "never fetched. An interrupted download goes on where it stopped. HF_ENDPOINT names a mirror, HF_TOKEN a token for "
-        "gated models.",
+        "never fetched. An interrupted download goes on where it stopped. --hub-endpoint or HF_ENDPOINT names a mirror, "
+        "HF_TOKEN a token for gated models; what the Models page was told counts here, too.",
     )
     parser.add_argument("repository", metavar="OWNER/NAME", help="the model's repository")
     parser.add_argument("--revision", metavar="REV", help="branch, tag or commit; default: main")
@@ -33,7 +34,10 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to put it in; default: OWNER_NAME in the model folder")
     parser.add_argument(
-        "--list", action="store_true", dest="list_only", help="show what would be fetched and what not, then stop"
+        "--list",
+        action="store_true",
+        dest="list_only",
+        help="show what there is, what of it runs here, what would be fetched and what not, then stop",
     )
     return parser
 
@@ -52,11 +56,15 @@ def run(args: argparse.Namespace, config: Any) -> int:
 
 
 async def _run(args: argparse.Namespace, config: Any) -> None:
+    from modules.download.account import HubAccount
     from modules.download.fetch import DownloadRequest, download, plan_download
 
     folder = args.out.expanduser().resolve() if args.out else None
+    hub = HubAccount(config.user_data_dir, config.hub_endpoint, config.hub_proxy).hub()
     request = DownloadRequest(args.repository, config.model_dir, args.revision, tuple(args.include), folder)
-    plan = await plan_download(request)
+    if args.list_only:
+        await _list_variants(request, hub, config)
+    plan = await plan_download(request, hub)
     for path, reason in plan.skipped.items():
         print(f"skipped {path}: {reason}")
     print(f"{plan.repo} at {plan.commit[:12]}: {len(plan.files)} files, {plan.total_bytes / 1e6:,.1f} MB")
@@ -66,12 +74,26 @@ async def _run(args: argparse.Namespace, config: Any) -> None:
         return
     line = ProgressLine()
     try:
-        done = await download(request, lambda progress: _show(line, progress), plan=plan)
+        done = await download(request, lambda progress: _show(line, progress), hub=hub, plan=plan)
     finally:
         line.close()
     print(done.folder)
     if done.model.problem:
         print(f"It was fetched whole, but can't be loaded: {done.model.problem}", file=sys.stderr)
+
+
+async def _list_variants(request: DownloadRequest, hub: Hub, config: Any) -> None:
+    """The forms of the model with their sizes, and whether each would run on this machine."""
+    from modules.download.hub import list_repository
+    from modules.download.plan import variants
+    from modules.plan import verdict
+    from modules.plan.machine import this_machine
+
+    _, files = await list_repository(hub, request.repo, request.revision)
+    machine = this_machine(config.model_dir, config.user_data_dir, bandwidth=False)
+    for variant in variants(files):
+        answer = verdict(variant.size_bytes, machine)
+        print(f"{variant.label:<14}{variant.size_bytes / 1e6:>12,.1f} MB  {answer.level:<6}{answer.reason}")
 
 
 def _show(line: ProgressLine, progress: DownloadProgress) -> None:

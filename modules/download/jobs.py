@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import glob
 import logging
 import os
@@ -196,9 +197,9 @@ class Downloads:
                 busy.add(job.folder)
                 task = asyncio.get_running_loop().create_task(self._one(job), name=f"download {job.id}")
                 self._tasks[job.id] = task
-                task.add_done_callback(lambda _, job_id=job.id: self._ended(job_id))
+                task.add_done_callback(functools.partial(self._ended, job.id))
 
-    def _ended(self, job_id: str) -> None:
+    def _ended(self, job_id: str, _: asyncio.Task[None]) -> None:
         del self._tasks[job_id]
         self._pump()
 

@@ -73,7 +73,11 @@ async def fetch_file(
     """
     loop = asyncio.get_running_loop()
     part = part_path(target, file)
-    fetch = _Fetch(hub, url, file, part, stall_s, lambda at: loop.call_soon_threadsafe(on_bytes, at))
+
+    def report(at: int) -> None:
+        loop.call_soon_threadsafe(on_bytes, at)
+
+    fetch = _Fetch(hub, url, file, part, stall_s, report)
     failures = wrong = 0
     while True:
         before = _size(part)

@@ -21,7 +21,14 @@ if TYPE_CHECKING:
     from tests.api.conftest import Server
 
 # Those that load, unload or run for seconds have tests of their own.
-LEFT_OUT = ("/v1/internal/model/load", "/v1/internal/model/unload", "/v1/internal/lora/", "/v1/internal/conformance", "/ui-api/")
+LEFT_OUT = (
+    "/v1/internal/model/load",
+    "/v1/internal/model/unload",
+    "/v1/internal/model/download",
+    "/v1/internal/lora/",
+    "/v1/internal/conformance",
+    "/ui-api/",
+)
 MAX_EXAMPLES = 6
 LIMITS = {
     "/chat/completions": "max_tokens",

@@ -35,6 +35,7 @@ class Faults:
     info_status: int | None = None
     info_html: bool = False
     gated: bool = False
+    hold: threading.Event | None = None  # send half of each large file, then wait for this
 
 
 class FakeHub:
@@ -97,6 +98,10 @@ class FakeHub:
             return _send(handler, 200, b"<!doctype html><title>Log in</title>", {"Content-Type": "text/html"})
         if self.faults.gated:
             return _send(handler, 403, b"{}", {"X-Error-Code": "GatedRepo"})
+        if path.endswith("/refs"):
+            refs = [{"name": name, "ref": f"refs/heads/{name}", "targetCommit": COMMIT} for name in ("main", "4.0bpw")]
+            body = json.dumps({"branches": refs, "converts": [], "tags": []}).encode()
+            return _send(handler, 200, body, {"Content-Type": "application/json"})
         if "/missing" in path:
             return _send(handler, 404, b"{}", {"X-Error-Code": "RepoNotFound"})
         if self.faults.info_status:
@@ -146,6 +151,11 @@ class FakeHub:
         for key, value in {**headers, "Content-Length": str(len(body))}.items():
             handler.send_header(key, value)
         handler.end_headers()
+        if faults.hold is not None and name.endswith((".safetensors", ".gguf")) and start == 0:
+            handler.wfile.write(body[: len(body) // 2])
+            handler.wfile.flush()
+            faults.hold.wait(60)
+            body = body[len(body) // 2 :]
         for number in range(len(body) if faults.drip_s else 0):
             handler.wfile.write(body[number : number + 1])
             time.sleep(faults.drip_s)

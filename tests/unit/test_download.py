@@ -273,6 +273,17 @@ def test_no_room_is_said_before_anything_is_fetched(hub: FakeHub, tmp_path: Path
     assert hub.file_requests() == []
 
 
+def test_everything_goes_through_the_proxy(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    away = Hub("http://hub.invalid", "secret-token", hub.url.replace("http://", "http://me:pass%20word@"))
+    folder = asyncio.run(download(request(tmp_path), lambda progress: None, hub=away)).folder
+    assert (folder / "model.safetensors").read_bytes() == WEIGHTS
+    assert all(path.startswith("http://hub.invalid") for path, _ in hub.requests)
+    assert {headers.get("proxy-authorization") for _, headers in hub.requests} == {"Basic bWU6cGFzcyB3b3Jk"}
+    assert {headers.get("authorization") for _, headers in hub.requests} == {"Bearer secret-token"}
+
+
 def test_one_download_per_folder(hub: FakeHub, tmp_path: Path) -> None:
     hub.faults.stall_s = 0.3
 
@@ -290,7 +301,7 @@ def test_the_command(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     parser = argparse.ArgumentParser()
     add_parser(parser.add_subparsers())
-    config = SimpleNamespace(model_dir=tmp_path)
+    config = SimpleNamespace(model_dir=tmp_path, user_data_dir=tmp_path / "data", hub_endpoint=None, hub_proxy=None)
     assert run(parser.parse_args(["download", "owner/name", "--list"]), config) == 0
     assert not (tmp_path / "owner_name").exists()
     assert run(parser.parse_args(["download", "owner/name", "--out", str(tmp_path / "öut")]), config) == 0
@@ -298,6 +309,7 @@ def test_the_command(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert run(parser.parse_args(["download", "owner/missing"]), config) == 1
     said = capsys.readouterr()
     assert "skipped pytorch_model.bin: a pickle" in said.out
+    assert "safetensors" in said.out.splitlines()[0] and "MB  " in said.out.splitlines()[0]
     assert "no model owner/missing" in said.err
     assert "hf_secret" not in said.out + said.err
     assert {headers.get("authorization") for _, headers in hub.requests} == {"Bearer hf_secret"}
