@@ -47,8 +47,10 @@ from modules.api.batch_lines import answer_line
 from modules.api.http_protocol import DeadlineProtocol
 from modules.api.middleware import Guard, Hosts
 from modules.batch.jobs import BatchJobs
+from modules.chat.places import passwords
 from modules.chat.service import ChatService
-from modules.errors import AppError
+from modules.config import print_problem
+from modules.errors import AppError, ConfigError
 from modules.logs import set_up
 from modules.wiring import build_services, end_streams, running
 
@@ -206,7 +208,10 @@ async def _in_daemon_thread(work: Callable[[], T]) -> T:
 
 def serve(config: Config) -> int:
     """Run until a signal; the process's exit status. Problems are one line on stderr."""
-    secrets = [key for key in (config.api_key, config.admin_key) if key]
+    try:
+        secrets = [key for key in (config.api_key, config.admin_key, *passwords(config.database_url)) if key]
+    except ConfigError as error:
+        return print_problem(error)
     set_up(config.user_data_dir / "logs", verbose=config.verbose, secrets=secrets)
     try:
         listener = bind(config.host, config.listen_port)

@@ -36,12 +36,19 @@ TORCH_HELP = "Torch build to install: auto, cpu, cu126, cu130, rocm7.2, xpu, mps
 
 
 def _option(
-    default: Any, help: str, group: str, *, aliases: tuple[str, ...] = (), metavar: str = "", choices: tuple[str, ...] = ()
+    default: Any,
+    help: str,
+    group: str,
+    *,
+    aliases: tuple[str, ...] = (),
+    metavar: str = "",
+    choices: tuple[str, ...] = (),
+    secret: bool = False,
 ) -> Any:
     meta = {"help": help, "group": group, "aliases": aliases, "metavar": metavar, "choices": choices}
     if isinstance(default, list):
         return dataclasses.field(default_factory=lambda: tuple(default), metadata=meta)
-    return dataclasses.field(default=default, metadata=meta)
+    return dataclasses.field(default=default, metadata=meta, repr=not secret)
 
 
 @dataclass(frozen=True)
@@ -62,9 +69,15 @@ class Config:
     auto_launch: bool = _option(False, "Open the page in a browser when it is ready.", "Server")
     nowebui: bool = _option(False, "The API only, without the page.", "Server")
     api_key: str | None = _option(
-        None, "Key that clients must send (Authorization: Bearer KEY), beside those of `keys`.", "Server", metavar="KEY"
+        None,
+        "Key that clients must send (Authorization: Bearer KEY), beside those of `keys`.",
+        "Server",
+        metavar="KEY",
+        secret=True,
     )
-    admin_key: str | None = _option(None, "Key for loading and unloading models; default: the API key.", "Server", metavar="KEY")
+    admin_key: str | None = _option(
+        None, "Key for loading and unloading models; default: the API key.", "Server", metavar="KEY", secret=True
+    )
     i_know: bool = _option(False, "Listen beyond this machine without a key. Anyone in reach can use and stop it.", "Server")
     max_body_mb: int = _option(10, "Largest request body, in MB.", "Server")
     verbose: bool = _option(False, "Log every request and the prompts.", "Server")
@@ -89,6 +102,14 @@ class Config:
 
     # Data
     user_data_dir: Path = _option(ROOT / "user_data", "Folder with chats, settings and logs.", "Data", metavar="DIR")
+    database_url: str | None = _option(
+        None,
+        "Keep chats in PostgreSQL instead of the data folder: postgresql://user@host/database, or @FILE that holds such a line. "
+        "Several servers may share it. A password is safer in that file, SWITCHYARD_DATABASE_URL or ~/.pgpass than in a flag.",
+        "Data",
+        metavar="URL",
+        secret=True,
+    )
     preset_dir: Path = _option(ROOT / "presets", "Folder with generation presets.", "Data", metavar="DIR")
     settings: Path | None = _option(
         None, "Settings file (YAML), keys as in --print-config. Default: config.yaml in the data folder.", "Data", metavar="FILE"

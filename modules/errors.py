@@ -16,7 +16,7 @@
      │     └ RemoteBusy
      ├ DownloadError
      └ StorageError
-        └ StorageFull · StorageReadOnly · StoreLocked · StoreCorrupt
+        └ StorageFull · StorageReadOnly · StorageUnreachable · StoreLocked · StoreCorrupt
 
 A class carries its code, HTTP status and OpenAI error type; an instance adds a message for a person and a hint that says
 what to do. Codes cross the worker's pipe as strings (`to_wire`, `error_from_wire`). Cancelling is an outcome, not an error.
@@ -275,6 +275,13 @@ class StorageFull(StorageError):
 class StorageReadOnly(StorageError):
     code = "storage_read_only"
     http_status = 507
+
+
+class StorageUnreachable(StorageError):
+    """The database does not answer (now); nothing is lost by trying again."""
+
+    code = "storage_unreachable"
+    http_status = 503
 
 
 class StoreLocked(StorageError):

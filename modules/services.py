@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
     from modules.batch.jobs import BatchJobs
     from modules.chat.service import ChatService
-    from modules.chat.store_sqlite import SqliteChatStore
+    from modules.chat.store import ChatStore
     from modules.chat.templates import TemplateRenderer
     from modules.config import Config
     from modules.download.account import HubAccount
@@ -46,7 +46,7 @@ class Services:
     settings: Settings
     model_settings: ModelSettings
     presets: Presets
-    store: SqliteChatStore
+    store: ChatStore
     installs: InstallManager
     evaluations: EvaluationJobs
     quantizations: Quantizations

@@ -8,7 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable
 from typing import TYPE_CHECKING, Any
 
-from modules.chat.store_sqlite import SqliteChatStore
+from modules.chat.places import open_place
 from modules.chat.templates import TemplateRenderer
 from modules.config import ROOT
 from modules.download.account import HubAccount
@@ -97,7 +97,7 @@ def build_services(config: Config) -> Services:
         settings=settings,
         model_settings=model_settings,
         presets=presets,
-        store=SqliteChatStore(config.user_data_dir),
+        store=open_place(config.database_url or config.user_data_dir, config.user_data_dir),
         installs=InstallManager(overlays, events, torch=config.torch),
         evaluations=EvaluationJobs(around, events),
         quantizations=Quantizations(library, config.model_dir, overlays, events, config.user_data_dir / "quantizations.json"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from modules.overlays import Overlays
+from tests import postgres_lab
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,6 +48,16 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def overlays() -> Overlays:
     return Overlays.find(ROOT)
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[postgres_lab.Postgres]:
+    """A PostgreSQL server of the tests' own; `database()` gives the URL of a new database."""
+    reason = postgres_lab.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    with postgres_lab.running() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

@@ -102,6 +102,7 @@ class ChatService:
         now = time.monotonic()
         notices = [*self._store.notices, *(Notice("warning", problem) for problem in problems)]
         self._notices += [(now, notice) for notice in notices]
+        self._store.on_change = self._changed_elsewhere
         self._loops = [asyncio.create_task(self._checkpoints()), asyncio.create_task(self._backups())]
 
     async def close(self) -> None:
@@ -382,9 +383,16 @@ class ChatService:
         return self.view(snapshot)
 
     def _publish(self, conversation: str, revision: int | None) -> None:
-        """`revision` is None when only an answer came to its end: the tree is as it was."""
+        """`revision` is None when only an answer came to its end: the tree is as it was; or when another server knows it."""
         self._events.publish("conversation", {"id": conversation, "revision": revision}, key=conversation)
         self._events.publish("conversations", key="")
+
+    def _changed_elsewhere(self, conversation: str | None) -> None:
+        """Another server changed it; None: any may have changed."""
+        if conversation is None:
+            self._events.publish("resync")
+        else:
+            self._publish(conversation, None)
 
     def _storage_failed(self, error: StorageError) -> None:
         if not self._storage_fails:

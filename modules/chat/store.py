@@ -1,18 +1,21 @@
 """What a chat store is: the data it gives back and the promises it makes.
 
-The interface is asynchronous and says nothing of SQLite, so that a server database can stand behind it. Its promises:
+The interface is asynchronous and says nothing of the database behind it: a SQLite file (`store_sqlite`), which one server has to
+itself, or PostgreSQL (`store_postgres`), which many servers share. Its promises:
 
 1. What a call has returned is on disk, unless `memory_only` says why it can't be. A save happens whole or not at all.
 2. A user's message and the empty answer below it are saved together, before any generation starts.
 3. Every change carries the revision it was based on, where the caller has one; a mismatch is a Conflict, and the
    caller may keep both as a branch. No call replaces a history: there are only additions, marks and versions.
-4. A generation writes to its own node only, and only while that node still belongs to it.
+4. A generation writes to its own node only, and only while that node still belongs to it. An answer whose server ended
+   becomes `interrupted`; while the server lives, others see it as `generating`.
 5. An action is repeated without effect when its `client_id` was seen before.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -122,10 +125,12 @@ class ChatStore(ABC):
     """What `open` found and did, for the page."""
     memory_only: StorageError | None
     """Why what is said now is kept in memory only (the disk went read-only or away); None while promise 1 holds."""
+    on_change: Callable[[str | None], None] | None = None
+    """Called, on the event loop, with the id of a conversation that another server changed; None: any may have changed."""
 
     @abstractmethod
     async def open(self) -> list[Notice]:
-        """Lock, check, repair, migrate. Answers that were being written when the last process ended become `interrupted`."""
+        """Lock, check, repair, migrate. Answers whose server has ended become `interrupted`."""
 
     @abstractmethod
     async def close(self) -> None: ...

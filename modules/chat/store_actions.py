@@ -1,45 +1,24 @@
-"""Every change to a conversation, as functions inside one SQLite transaction."""
+"""Every change to a conversation, as functions inside one transaction."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
-import uuid
 from typing import TYPE_CHECKING, Any
 
-from modules.chat.store import Change, NewConversation, Role, Snapshot, Status
+from modules.chat.store import Change, NewConversation, Snapshot, Status
+from modules.chat.store_rows import DEFAULT_TITLE, Writes, auto_title, dump, new_id, node_values
 from modules.chat.store_tree import Outline, conversation_row, node_row, snapshot
 from modules.errors import Conflict, InvalidParameter, NotFound
 
 if TYPE_CHECKING:
-    import sqlite3
+    from modules.chat.database import Row
 
-    from modules.chat.store_search import Search
-
-TITLE_CHARS = 60
-DEFAULT_TITLE = "New chat"
+_OF_CONVERSATION = "SELECT * FROM nodes WHERE id = :id AND conversation = :conversation"
 
 
-def new_id() -> str:
-    return uuid.uuid4().hex
-
-
-def auto_title(text: str) -> str:
-    """The first line of the first message, cut at a word."""
-    line = next((" ".join(part.split()) for part in text.splitlines() if part.strip()), "").lstrip("#>*- ")
-    if len(line) <= TITLE_CHARS:
-        return line or DEFAULT_TITLE
-    cut = line[:TITLE_CHARS]
-    return (cut[: cut.rfind(" ")] if " " in cut[TITLE_CHARS // 2 :] else cut).rstrip(" ,.;:") + "…"
-
-
-class Actions:
+class Actions(Writes):
     """The SQL of each action. The caller opens and commits the transaction."""
-
-    def __init__(self, connection: sqlite3.Connection, search: Search) -> None:
-        self._db = connection
-        self._search = search
 
     # -- conversations
 
@@ -48,6 +27,7 @@ class Actions:
         return snapshot(self._db, conversation)
 
     def update(self, conversation: str, changes: dict[str, Any], revision: int | None) -> Snapshot:
+        self._db.hold(conversation)
         row = conversation_row(self._db, conversation)
         if revision is not None and revision != row["revision"]:
             raise self._conflict(conversation)
@@ -65,17 +45,19 @@ class Actions:
                 raise InvalidParameter(f"A conversation has no {name} to change.", param=name)
         if columns:
             assignments = ", ".join(f"{name} = :{name}" for name in columns)
-            self._db.execute(f"UPDATE conversations SET {assignments} WHERE id = :id", {**columns, "id": conversation})
+            self._db.run(f"UPDATE conversations SET {assignments} WHERE id = :id", **columns, id=conversation)
             # Looking at another branch or pinning is no news: the list keeps its order.
             self._touch(conversation, moved=bool(columns.keys() - {"leaf", "pinned", "trashed"}))
         return snapshot(self._db, conversation)
 
     def purge(self, conversation: str) -> None:
+        self._db.hold(conversation)
         if not conversation_row(self._db, conversation)["trashed"]:
             raise Conflict("Only a conversation in the trash can be removed for good.", hint="Move it to the trash first.")
         self._search.forget(self._db, conversation)
-        self._db.execute("DELETE FROM conversations WHERE id = ?", (conversation,))
-        self._count_change()
+        self._db.run("DELETE FROM conversations WHERE id = :id", id=conversation)
+        self._db.count_change()
+        self.changed = conversation
 
     def add_conversation(self, new: NewConversation) -> Snapshot:
         conversation = self._insert_conversation(
@@ -89,20 +71,24 @@ class Actions:
         if len(ids) != len(new.nodes):
             raise InvalidParameter("Two of its messages have the same id.", param="nodes")
         seen: set[str] = set()
-        leaf = None
+        rows = []
         for node in new.nodes:
             if node.parent is not None and node.parent not in seen:
                 raise InvalidParameter("A message comes before the one it answers.", param="nodes")
             seen.add(node.key)
-            leaf = ids[node.key]
             parent = ids[node.parent] if node.parent is not None else None
-            self._insert_node(
-                conversation, parent, node.role, node.text, node.status,
-                id=leaf, created_at=node.created_at, model=node.model, loader=node.loader, receipt=node.receipt, error=node.error,
+            rows.append(
+                node_values(
+                    conversation, parent, node.role, node.text, node.status,
+                    id=ids[node.key], created_at=node.created_at, model=node.model, loader=node.loader, receipt=node.receipt,
+                    error=node.error,
+                )
             )  # fmt: skip
+        self._insert_nodes(rows)
+        leaf = rows[-1]["id"] if rows else None
         if new.leaf is not None and new.leaf in ids:
             leaf = ids[new.leaf]
-        self._db.execute("UPDATE conversations SET leaf = ? WHERE id = ?", (leaf, conversation))
+        self._db.run("UPDATE conversations SET leaf = :leaf WHERE id = :id", leaf=leaf, id=conversation)
         return snapshot(self._db, conversation)
 
     # -- turns
@@ -117,7 +103,8 @@ class Actions:
         revision: int | None,
         branch: bool,
     ) -> Change:
-        if again := self._seen(client_id, "message"):
+        self._db.hold(conversation)
+        if again := self._seen(client_id, "message", generation):
             return again
         row = conversation_row(self._db, conversation)
         self._require_active(row)
@@ -137,29 +124,31 @@ class Actions:
             detail = _detail(snapshot(self._db, conversation))
             raise Conflict("An answer is still being written here.", hint="Wait for it, or stop it.", detail=detail)
         if row["title_is_auto"] and row["title"] == DEFAULT_TITLE:
-            self._db.execute("UPDATE conversations SET title = ? WHERE id = ?", (auto_title(text), conversation))
+            self._db.run("UPDATE conversations SET title = :title WHERE id = :id", title=auto_title(text), id=conversation)
         question = self._insert_node(conversation, parent, "user", text, "complete")
         answer = self._insert_node(conversation, question, "assistant", "", "generating", generation=generation)
         return self._acted(client_id, "message", conversation, answer)
 
     def add_answer(self, node: str, client_id: str, generation: str) -> Change:
-        if again := self._seen(client_id, "answer"):
+        self._hold_of(node)
+        if again := self._seen(client_id, "answer", generation):
             return again
         row = node_row(self._db, node)
         self._require_active(conversation_row(self._db, row["conversation"]))
         question = row["parent"] if row["role"] == "assistant" else node
         if row["role"] == "assistant" and question is None:
             raise InvalidParameter("This message answers nothing, so it can't be written again.", param="message")
-        busy = self._db.execute(
-            "SELECT id FROM nodes WHERE parent = ? AND status = 'generating' AND deleted IS NULL", (question,)
-        ).fetchone()
+        busy = self._db.one(
+            "SELECT id FROM nodes WHERE parent = :parent AND status = 'generating' AND deleted IS NULL", parent=question
+        )
         if busy is not None:  # a second click: the new version is already on its way
             return Change(snapshot(self._db, row["conversation"]), busy["id"], fresh=False)
         answer = self._insert_node(row["conversation"], question, "assistant", "", "generating", generation=generation)
         return self._acted(client_id, "answer", row["conversation"], answer)
 
     def reopen(self, node: str, client_id: str, generation: str) -> Change:
-        if again := self._seen(client_id, "continue"):
+        self._hold_of(node)
+        if again := self._seen(client_id, "continue", generation):
             return again
         row = node_row(self._db, node)
         self._require_active(conversation_row(self._db, row["conversation"]))
@@ -170,14 +159,17 @@ class Actions:
         outline = Outline(self._db, row["conversation"])
         if outline.children.get(node):
             raise Conflict("The conversation has gone on after this answer.", hint="Write it again or edit it instead.")
-        self._db.execute(
-            "UPDATE nodes SET status = 'generating', generation = ?, error = NULL, indexed = 0 WHERE id = ?", (generation, node)
+        self._db.run(
+            "UPDATE nodes SET status = 'generating', generation = :generation, error = NULL, indexed = 0 WHERE id = :id",
+            generation=self._begun(generation),
+            id=node,
         )
         change = self._acted(client_id, "continue", row["conversation"], node)
         return dataclasses.replace(change, prefix=row["text"])
 
     def add_version(self, node: str, text: str, client_id: str, generation: str | None) -> Change:
-        if again := self._seen(client_id, "version"):
+        self._hold_of(node)
+        if again := self._seen(client_id, "version", generation):
             return again
         row = node_row(self._db, node)
         conversation, parent, role = row["conversation"], row["parent"], row["role"]
@@ -198,10 +190,17 @@ class Actions:
     # -- a generation's own writes: no revision, the node is theirs while `generation` matches
 
     def checkpoint(self, node: str, generation: str, text: str) -> bool:
-        cursor = self._db.execute(
-            "UPDATE nodes SET text = ? WHERE id = ? AND generation = ? AND status = 'generating'", (text, node, generation)
+        # Another server may have taken this one for dead, and have marked its answers: here it shows that it lives.
+        done = self._db.run(
+            "UPDATE nodes SET text = :text, status = 'generating' "
+            "WHERE id = :id AND generation = :generation AND status IN ('generating', 'interrupted')",
+            text=text,
+            id=node,
+            generation=self._owner + generation,
         )
-        return cursor.rowcount == 1
+        if done:
+            self.changed = node_row(self._db, node, deleted=True)["conversation"]
+        return done == 1
 
     def finish(
         self,
@@ -214,31 +213,25 @@ class Actions:
         receipt: dict[str, Any] | None,
         error: dict[str, Any] | None,
     ) -> bool:
-        row = self._db.execute(
-            "SELECT seq, conversation FROM nodes WHERE id = ? AND generation = ?", (node, generation)
-        ).fetchone()
+        mine = {"id": node, "generation": self._owner + generation}
+        self._hold_of(node)
+        row = self._db.one("SELECT conversation FROM nodes WHERE id = :id AND generation = :generation", **mine)
         if row is None:
             return False
-        self._db.execute(
-            "UPDATE nodes SET text = ?, status = ?, model = COALESCE(?, model), loader = COALESCE(?, loader), receipt = ?, "
-            "error = ?, generation = NULL, indexed = 0 WHERE id = ?",
-            (text, status, model, loader, _dump(receipt), _dump(error), node),
-        )
-        self._search.add(self._db, [row["seq"]])
-        touched = self._count_change()
-        self._db.execute(
-            "UPDATE conversations SET touched = ?, updated_at = ? WHERE id = ?", (touched, time.time(), row["conversation"])
-        )
+        self._db.run(
+            "UPDATE nodes SET text = :text, status = :status, model = COALESCE(:model, model), "
+            "loader = COALESCE(:loader, loader), receipt = :receipt, error = :error, generation = NULL, indexed = 0 "
+            "WHERE id = :id",
+            text=text, status=status, model=model, loader=loader, receipt=dump(receipt), error=dump(error), id=node,
+        )  # fmt: skip
+        self._search.add(self._db, [node])
+        self._moved(row["conversation"])
         return True
-
-    def interrupt_all(self) -> int:
-        """At the start: no generation of an earlier process lives on."""
-        cursor = self._db.execute("UPDATE nodes SET status = 'interrupted', generation = NULL WHERE status = 'generating'")
-        return cursor.rowcount
 
     # -- delete and undo
 
     def delete(self, node: str) -> tuple[Snapshot, str]:
+        self._hold_of(node)
         row = node_row(self._db, node, deleted=True)
         conversation = row["conversation"]
         if row["deleted"] is not None:
@@ -248,108 +241,63 @@ class Actions:
         shown = path[-1] if path else None
         doomed = outline.below(node)
         token = new_id()
-        for item in doomed:
-            self._db.execute("UPDATE nodes SET deleted = ? WHERE id = ?", (token, item))
-        self._db.execute(
-            "INSERT INTO undo (token, conversation, node, leaf, created_at) VALUES (?, ?, ?, ?, ?)",
-            (token, conversation, node, shown, time.time()),
-        )
+        self._db.many("UPDATE nodes SET deleted = :token WHERE id = :id", [{"token": token, "id": item} for item in doomed])
+        self._db.run(
+            "INSERT INTO undo (token, conversation, node, leaf, created_at) VALUES (:token, :conversation, :node, :leaf, :now)",
+            token=token, conversation=conversation, node=node, leaf=shown, now=time.time(),
+        )  # fmt: skip
         if shown in doomed:
             versions = [s for s in outline.children[row["parent"]] if s != node]
             older = [s for s in versions if outline.order[s] < row["seq"]] or versions
             leaf = outline.newest_leaf(older[-1]) if older else row["parent"]
-            self._db.execute("UPDATE conversations SET leaf = ? WHERE id = ?", (leaf, conversation))
+            self._db.run("UPDATE conversations SET leaf = :leaf WHERE id = :id", leaf=leaf, id=conversation)
         self._touch(conversation)
         return snapshot(self._db, conversation), token
 
     def undo(self, token: str) -> Snapshot:
-        row = self._db.execute("SELECT * FROM undo WHERE token = ?", (token,)).fetchone()
+        row = self._db.one("SELECT * FROM undo WHERE token = :token", token=token)
         if row is None:
             raise NotFound("There is nothing to undo any more.")
         conversation = row["conversation"]
-        if row["undone"]:
+        self._db.hold(conversation)
+        if self._db.one("SELECT token FROM undo WHERE token = :token AND undone = 1", token=token):
             return snapshot(self._db, conversation)
         parent = node_row(self._db, row["node"], deleted=True)["parent"]
         if parent is not None and node_row(self._db, parent, deleted=True)["deleted"] is not None:
             raise Conflict("The message above it was deleted too.", hint="Bring that one back first.")
-        self._db.execute("UPDATE nodes SET deleted = NULL WHERE deleted = ?", (token,))
-        self._db.execute("UPDATE undo SET undone = 1 WHERE token = ?", (token,))
+        self._db.run("UPDATE nodes SET deleted = NULL WHERE deleted = :token", token=token)
+        self._db.run("UPDATE undo SET undone = 1 WHERE token = :token", token=token)
         if row["leaf"] in Outline(self._db, conversation).parent:
-            self._db.execute("UPDATE conversations SET leaf = ? WHERE id = ?", (row["leaf"], conversation))
+            self._db.run("UPDATE conversations SET leaf = :leaf WHERE id = :id", leaf=row["leaf"], id=conversation)
         self._touch(conversation)
         return snapshot(self._db, conversation)
 
     # -- helpers
 
-    def _insert_conversation(self, title: str, is_auto: bool, system_prompt: str, pinned: bool, created_at: float) -> str:
-        conversation = new_id()
-        self._db.execute(
-            "INSERT INTO conversations (id, title, title_is_auto, pinned, created_at, updated_at, touched, system_prompt) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (conversation, title, int(is_auto), int(pinned), created_at, time.time(), self._count_change(), system_prompt),
-        )
-        return conversation
-
-    def _insert_node(
-        self,
-        conversation: str,
-        parent: str | None,
-        role: Role,
-        text: str,
-        status: Status,
-        *,
-        id: str | None = None,
-        created_at: float | None = None,
-        generation: str | None = None,
-        model: str | None = None,
-        loader: str | None = None,
-        receipt: dict[str, Any] | None = None,
-        error: dict[str, Any] | None = None,
-    ) -> str:
-        node = id or new_id()
-        cursor = self._db.execute(
-            "INSERT INTO nodes "
-            "(id, conversation, parent, role, text, status, created_at, generation, model, loader, receipt, error) "
-            "VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                node, conversation, parent, role, text, status, created_at or time.time(), generation, model, loader,
-                _dump(receipt), _dump(error),
-            ),
-        )  # fmt: skip
-        if status != "generating" and cursor.lastrowid is not None:
-            self._search.add(self._db, [cursor.lastrowid])
-        return node
-
     def _acted(self, client_id: str, kind: str, conversation: str, node: str) -> Change:
         """The end of an action: the path leads to its node, the action is remembered, the revision counts on."""
-        self._db.execute("UPDATE conversations SET leaf = ? WHERE id = ?", (node, conversation))
-        self._db.execute(
-            "INSERT INTO actions (client_id, kind, conversation, node, created_at) VALUES (?, ?, ?, ?, ?)",
-            (client_id, kind, conversation, node, time.time()),
-        )
+        self._db.run("UPDATE conversations SET leaf = :leaf WHERE id = :id", leaf=node, id=conversation)
+        self._db.run(
+            "INSERT INTO actions (client_id, kind, conversation, node, created_at) "
+            "VALUES (:client_id, :kind, :conversation, :node, :now)",
+            client_id=client_id, kind=kind, conversation=conversation, node=node, now=time.time(),
+        )  # fmt: skip
         self._touch(conversation)
         return Change(snapshot(self._db, conversation), node)
 
-    def _seen(self, client_id: str, kind: str) -> Change | None:
-        row = self._db.execute("SELECT kind, conversation, node FROM actions WHERE client_id = ?", (client_id,)).fetchone()
+    def _seen(self, client_id: str, kind: str, generation: str | None) -> Change | None:
+        row = self._db.one(
+            "SELECT a.kind, a.conversation, a.node, n.generation, n.text FROM actions a LEFT JOIN nodes n ON n.id = a.node "
+            "WHERE a.client_id = :client_id",
+            client_id=client_id,
+        )
         if row is None:
             return None
         if row["kind"] != kind:
             raise InvalidParameter("This client_id was used for another action.", param="client_id")
-        return Change(snapshot(self._db, row["conversation"]), row["node"], fresh=False)
-
-    def _touch(self, conversation: str, moved: bool = True) -> None:
-        touched = self._count_change()
-        self._db.execute("UPDATE conversations SET revision = revision + 1 WHERE id = ?", (conversation,))
-        if moved:
-            self._db.execute(
-                "UPDATE conversations SET touched = ?, updated_at = ? WHERE id = ?", (touched, time.time(), conversation)
-            )
-
-    def _count_change(self) -> int:
-        """A counter, not the clock, orders the list and tells a backup that something changed."""
-        self._db.execute("UPDATE meta SET value = CAST(value AS INTEGER) + 1 WHERE key = 'touched'")
-        return int(self._db.execute("SELECT value FROM meta WHERE key = 'touched'").fetchone()[0])
+        # The same generation too: it is our own first try, whose commit went through while the connection broke.
+        fresh = generation is not None and row["generation"] == self._owner + generation
+        return Change(snapshot(self._db, row["conversation"]), row["node"], fresh, prefix=row["text"] if fresh else "")
 
     def _leaf_through(self, conversation: str, node: Any) -> str:
         outline = Outline(self._db, conversation)
@@ -360,7 +308,7 @@ class Actions:
     def _live_ancestor(self, conversation: str, node: str) -> str | None:
         current: str | None = node
         while current is not None:
-            row = self._db.execute("SELECT * FROM nodes WHERE id = ? AND conversation = ?", (current, conversation)).fetchone()
+            row = self._db.one(_OF_CONVERSATION, id=current, conversation=conversation)
             if row is None:
                 raise NotFound("There is no such message in this conversation.", param="parent")
             if row["deleted"] is None:
@@ -368,7 +316,7 @@ class Actions:
             current = row["parent"]
         return None
 
-    def _require_active(self, row: sqlite3.Row) -> None:
+    def _require_active(self, row: Row) -> None:
         if row["trashed"]:
             raise Conflict("This conversation is in the trash.", hint="Restore it first.")
 
@@ -382,7 +330,3 @@ class Actions:
 
 def _detail(current: Snapshot) -> dict[str, Any]:
     return {"snapshot": current}
-
-
-def _dump(value: dict[str, Any] | None) -> str | None:
-    return None if value is None else json.dumps(value, ensure_ascii=True, default=str)

@@ -8,11 +8,11 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from modules.chat import store_tree
+from modules.chat.database import Database, SqliteDatabase
 from modules.chat.schema_sql import MIGRATIONS, Migration, migrate, version_of
-from modules.chat.store import Change, ChatStore, NewConversation, Node, Notice, Snapshot, Status, Summary
+from modules.chat.store import Notice
 from modules.chat.store_actions import Actions
 from modules.chat.store_files import (
     EMPTY,
@@ -26,13 +26,14 @@ from modules.chat.store_files import (
     storage_error,
 )
 from modules.chat.store_memory import copy_to_memory, write_back
-from modules.chat.store_search import Search
+from modules.chat.store_search import SqliteSearch
+from modules.chat.store_sql import SqlChatStore, cut_off
 from modules.errors import StorageError, StorageReadOnly, StoreCorrupt
 
 T = TypeVar("T")
 
 
-class SqliteChatStore(ChatStore):
+class SqliteChatStore(SqlChatStore):
     """`folder` is the data folder; the database is `chats.sqlite` in it."""
 
     def __init__(
@@ -53,7 +54,7 @@ class SqliteChatStore(ChatStore):
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="chat-store")
         self._copier = ThreadPoolExecutor(max_workers=1, thread_name_prefix="chat-backup")
         self._connection: sqlite3.Connection | None = None
-        self._search: Search | None = None
+        self._search: SqliteSearch | None = None
         self._inode: tuple[int, int] | None = None
 
     # -- life
@@ -119,7 +120,7 @@ class SqliteChatStore(ChatStore):
             connection.execute("PRAGMA foreign_keys = ON")
             connection.execute("PRAGMA trusted_schema = OFF")
             connection.execute("PRAGMA journal_size_limit = 16777216")
-            self._search = Search(connection, self._full_text)
+            self._search = SqliteSearch(connection, self._full_text)
             status = self.path.stat()
         except BaseException:
             connection.close()
@@ -134,13 +135,12 @@ class SqliteChatStore(ChatStore):
             self.backups.make(only_if_changed=False)  # the way back if the new version disappoints
         migrate(connection, self._migrations)
         with _transaction(connection):
-            interrupted = Actions(connection, self._search).interrupt_all()
-            self._search.prepare(connection)
+            db = SqliteDatabase(connection)
+            # No generation of an earlier process lives on.
+            interrupted = db.run("UPDATE nodes SET status = 'interrupted', generation = NULL WHERE status = 'generating'")
+            self._search.prepare(db)
             mark_closed(connection, False)
-        if interrupted:
-            many = "answers were" if interrupted > 1 else "answer was"
-            return [Notice("info", f"{interrupted} {many} cut off by the end of the server; what had come is kept.")]
-        return []
+        return [cut_off(interrupted)] if interrupted else []
 
     async def save_again(self) -> bool:
         return await self._in_thread(self._save_again)
@@ -177,21 +177,21 @@ class SqliteChatStore(ChatStore):
         connection, search = self._ready()
         try:
             with _transaction(connection):
-                return action(Actions(connection, search))
+                return action(Actions(SqliteDatabase(connection), search))
         except sqlite3.Error as error:
             raise self._failed(error) from error
 
-    async def _read(self, query: Callable[[sqlite3.Connection], T]) -> T:
+    async def _read(self, query: Callable[[Database], T]) -> T:
         def run() -> T:
             connection, _ = self._ready(writing=False)
             try:
-                return query(connection)
+                return query(SqliteDatabase(connection))
             except sqlite3.Error as error:
                 raise self._failed(error) from error
 
         return await self._in_thread(run)
 
-    def _ready(self, writing: bool = True) -> tuple[sqlite3.Connection, Search]:
+    def _ready(self, writing: bool = True) -> tuple[sqlite3.Connection, SqliteSearch]:
         if self._inode is None:
             raise StorageError("The chat store is not open.")
         if self.memory_only is None and (writing or self._connection is None) and not self._in_place():
@@ -207,6 +207,10 @@ class SqliteChatStore(ChatStore):
         assert self._connection is not None and self._search is not None
         return self._connection, self._search
 
+    def _index(self) -> SqliteSearch:
+        assert self._search is not None
+        return self._search
+
     # -- a disk that takes nothing any more
 
     def _go_to_memory(self, failure: StorageReadOnly) -> None:
@@ -217,7 +221,7 @@ class SqliteChatStore(ChatStore):
         except (sqlite3.Error, OSError):
             raise failure from None
         source.close()
-        self._connection, self._search = memory, Search(memory, self._full_text)
+        self._connection, self._search = memory, SqliteSearch(memory, self._full_text)
         self.memory_only = failure
 
     def _save_again(self) -> bool:
@@ -235,7 +239,7 @@ class SqliteChatStore(ChatStore):
         except (sqlite3.Error, OSError):
             if self._connection is not memory and self._connection is not None:
                 self._connection.close()
-            self._connection, self._search = memory, Search(memory, self._full_text)
+            self._connection, self._search = memory, SqliteSearch(memory, self._full_text)
             return False
         memory.close()
         self.memory_only = None
@@ -257,87 +261,6 @@ class SqliteChatStore(ChatStore):
                 self._connection.close()
             self._connection = None
         return failure
-
-    # -- reading
-
-    async def conversations(self, query: str = "", trashed: bool = False, limit: int = 1000) -> list[Summary]:
-        search = self._search
-        assert search is not None
-        return await self._read(lambda db: search.find(db, query, trashed, limit))
-
-    async def snapshot(self, conversation: str) -> Snapshot:
-        return await self._read(lambda db: store_tree.snapshot(db, conversation))
-
-    async def conversation_of(self, node: str) -> str:
-        return str(await self._read(lambda db: store_tree.node_row(db, node)["conversation"]))
-
-    async def path_to(self, node: str) -> tuple[str, tuple[Node, ...]]:
-        return await self._read(lambda db: store_tree.path_to(db, node))
-
-    async def subtree(self, node: str) -> tuple[str, ...]:
-        return await self._read(lambda db: store_tree.subtree(db, node))
-
-    async def export(self, conversation: str) -> NewConversation:
-        return await self._read(lambda db: store_tree.whole(db, conversation))
-
-    # -- writing
-
-    async def create(self, title: str = "", system_prompt: str = "") -> Snapshot:
-        return await self._write(lambda do: do.create(title, system_prompt))
-
-    async def update(self, conversation: str, changes: dict[str, Any], revision: int | None = None) -> Snapshot:
-        return await self._write(lambda do: do.update(conversation, changes, revision))
-
-    async def purge(self, conversation: str) -> None:
-        await self._write(lambda do: do.purge(conversation))
-
-    async def add_conversation(self, conversation: NewConversation) -> Snapshot:
-        return await self._write(lambda do: do.add_conversation(conversation))
-
-    async def add_message(
-        self,
-        conversation: str,
-        text: str,
-        *,
-        client_id: str,
-        generation: str,
-        parent: str | None = None,
-        revision: int | None = None,
-        branch: bool = False,
-    ) -> Change:
-        return await self._write(lambda do: do.add_message(conversation, text, client_id, generation, parent, revision, branch))
-
-    async def add_answer(self, node: str, *, client_id: str, generation: str) -> Change:
-        return await self._write(lambda do: do.add_answer(node, client_id, generation))
-
-    async def reopen(self, node: str, *, client_id: str, generation: str) -> Change:
-        return await self._write(lambda do: do.reopen(node, client_id, generation))
-
-    async def add_version(self, node: str, text: str, *, client_id: str, generation: str | None = None) -> Change:
-        return await self._write(lambda do: do.add_version(node, text, client_id, generation))
-
-    async def checkpoint(self, node: str, generation: str, text: str) -> bool:
-        return await self._write(lambda do: do.checkpoint(node, generation, text))
-
-    async def finish(
-        self,
-        node: str,
-        generation: str,
-        *,
-        text: str,
-        status: Status,
-        model: str | None = None,
-        loader: str | None = None,
-        receipt: dict[str, Any] | None = None,
-        error: dict[str, Any] | None = None,
-    ) -> bool:
-        return await self._write(lambda do: do.finish(node, generation, text, status, model, loader, receipt, error))
-
-    async def delete(self, node: str) -> tuple[Snapshot, str]:
-        return await self._write(lambda do: do.delete(node))
-
-    async def undo(self, token: str) -> Snapshot:
-        return await self._write(lambda do: do.undo(token))
 
 
 @contextlib.contextmanager

@@ -1,51 +1,52 @@
-"""Reading conversations out of SQLite: paths, siblings, snapshots."""
+"""Reading conversations out of the database: paths, siblings, snapshots."""
 
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections import defaultdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modules.chat.store import NewConversation, NewNode, Node, Snapshot
 from modules.errors import NotFound
 
+if TYPE_CHECKING:
+    from modules.chat.database import Database, Row
+
 _NODE_COLUMNS = "id, parent, role, text, created_at, status, model, loader, receipt, error"
 
 
-def conversation_row(connection: sqlite3.Connection, conversation: str) -> sqlite3.Row:
-    row = connection.execute("SELECT * FROM conversations WHERE id = ?", (conversation,)).fetchone()
+def conversation_row(db: Database, conversation: str) -> Row:
+    row = db.one("SELECT * FROM conversations WHERE id = :id", id=conversation)
     if row is None:
         raise NotFound("There is no such conversation.", hint="It may have been deleted.", param="conversation")
-    assert isinstance(row, sqlite3.Row)
     return row
 
 
-def node_row(connection: sqlite3.Connection, node: str, *, deleted: bool = False) -> sqlite3.Row:
+def node_row(db: Database, node: str, *, deleted: bool = False) -> Row:
     """The node's row; a deleted one counts as missing unless `deleted`."""
-    row = connection.execute("SELECT * FROM nodes WHERE id = ?", (node,)).fetchone()
+    row = db.one("SELECT * FROM nodes WHERE id = :id", id=node)
     if row is None or (row["deleted"] is not None and not deleted):
         raise NotFound("There is no such message.", hint="It may have been deleted; reload the conversation.", param="message")
-    assert isinstance(row, sqlite3.Row)
     return row
 
 
 class Outline:
     """The shape of one conversation's live tree, without its texts."""
 
-    def __init__(self, connection: sqlite3.Connection, conversation: str) -> None:
+    def __init__(self, db: Database, conversation: str) -> None:
         self.parent: dict[str, str | None] = {}
         self.children: dict[str | None, list[str]] = defaultdict(list)
         self.order: dict[str, int] = {}
         self.status: dict[str, str] = {}
-        rows = connection.execute(
-            "SELECT seq, id, parent, status FROM nodes WHERE conversation = ? AND deleted IS NULL ORDER BY seq", (conversation,)
+        rows = db.all(
+            "SELECT seq, id, parent, status FROM nodes WHERE conversation = :id AND deleted IS NULL ORDER BY seq", id=conversation
         )
-        for seq, node, parent, status in rows:
-            self.parent[node] = parent
-            self.children[parent].append(node)
-            self.order[node] = seq
-            self.status[node] = status
+        for row in rows:
+            node = row["id"]
+            self.parent[node] = row["parent"]
+            self.children[row["parent"]].append(node)
+            self.order[node] = row["seq"]
+            self.status[node] = row["status"]
 
     def path(self, leaf: str | None) -> list[str]:
         """From the first message to `leaf`. Empty for None or a node that is gone."""
@@ -78,19 +79,14 @@ class Outline:
         return self.newest_leaf(roots[-1]) if roots else None
 
 
-def read_nodes(connection: sqlite3.Connection, outline: Outline, ids: list[str]) -> tuple[Node, ...]:
-    rows: dict[str, sqlite3.Row] = {}
-    for begin in range(0, len(ids), 500):  # SQLite's limit on parameters is 999 in old builds
-        part = ids[begin : begin + 500]
-        marks = ",".join("?" * len(part))
-        for row in connection.execute(f"SELECT {_NODE_COLUMNS} FROM nodes WHERE id IN ({marks})", part):
-            rows[row["id"]] = row
+def read_nodes(db: Database, outline: Outline, ids: list[str]) -> tuple[Node, ...]:
+    rows = {row["id"]: row for row in db.pick(f"SELECT {_NODE_COLUMNS} FROM nodes", ids)}
     return tuple(_node(rows[i], tuple(outline.children[outline.parent[i]])) for i in ids)
 
 
-def snapshot(connection: sqlite3.Connection, conversation: str) -> Snapshot:
-    row = conversation_row(connection, conversation)
-    outline = Outline(connection, conversation)
+def snapshot(db: Database, conversation: str) -> Snapshot:
+    row = conversation_row(db, conversation)
+    outline = Outline(db, conversation)
     path = outline.shown(row["leaf"])
     return Snapshot(
         id=row["id"],
@@ -102,26 +98,26 @@ def snapshot(connection: sqlite3.Connection, conversation: str) -> Snapshot:
         revision=row["revision"],
         system_prompt=row["system_prompt"],
         leaf=path[-1] if path else None,
-        messages=read_nodes(connection, outline, path),
+        messages=read_nodes(db, outline, path),
     )
 
 
-def path_to(connection: sqlite3.Connection, node: str) -> tuple[str, tuple[Node, ...]]:
-    conversation = node_row(connection, node)["conversation"]
-    outline = Outline(connection, conversation)
-    system_prompt = conversation_row(connection, conversation)["system_prompt"]
-    return system_prompt, read_nodes(connection, outline, outline.path(node))
+def path_to(db: Database, node: str) -> tuple[str, tuple[Node, ...]]:
+    conversation = node_row(db, node)["conversation"]
+    outline = Outline(db, conversation)
+    system_prompt = conversation_row(db, conversation)["system_prompt"]
+    return system_prompt, read_nodes(db, outline, outline.path(node))
 
 
-def subtree(connection: sqlite3.Connection, node: str) -> tuple[str, ...]:
-    return tuple(Outline(connection, node_row(connection, node)["conversation"]).below(node))
+def subtree(db: Database, node: str) -> tuple[str, ...]:
+    return tuple(Outline(db, node_row(db, node)["conversation"]).below(node))
 
 
-def whole(connection: sqlite3.Connection, conversation: str) -> NewConversation:
+def whole(db: Database, conversation: str) -> NewConversation:
     """The live tree as it would be imported; the store's ids serve as keys."""
-    row = conversation_row(connection, conversation)
-    outline = Outline(connection, conversation)
-    nodes = read_nodes(connection, outline, list(outline.parent))
+    row = conversation_row(db, conversation)
+    outline = Outline(db, conversation)
+    nodes = read_nodes(db, outline, list(outline.parent))
     shown = outline.shown(row["leaf"])
     return NewConversation(
         title=row["title"],
@@ -147,7 +143,7 @@ def whole(connection: sqlite3.Connection, conversation: str) -> NewConversation:
     )
 
 
-def _node(row: sqlite3.Row, siblings: tuple[str, ...]) -> Node:
+def _node(row: Row, siblings: tuple[str, ...]) -> Node:
     return Node(
         id=row["id"],
         parent=row["parent"],

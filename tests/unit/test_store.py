@@ -7,24 +7,26 @@ from typing import TYPE_CHECKING
 import pytest
 
 from modules.chat.store import NewConversation, NewNode, Snapshot
-from modules.chat.store_actions import auto_title
-from modules.chat.store_sqlite import SqliteChatStore
+from modules.chat.store_rows import auto_title
 from modules.errors import Conflict, InvalidParameter, NotFound
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
-    from pathlib import Path
+
+    from modules.chat.store import ChatStore
+
+    from .conftest import Place
 
 
-@pytest.fixture(params=[True, False], ids=["index", "scan"])
-async def store(tmp_path: Path, request: pytest.FixtureRequest) -> AsyncIterator[SqliteChatStore]:
-    store = SqliteChatStore(tmp_path / "my dätä", full_text=request.param)
+@pytest.fixture
+async def store(place: Place) -> AsyncIterator[ChatStore]:
+    store = place()
     assert await store.open() == []
     yield store
     await store.close()
 
 
-async def ask(store: SqliteChatStore, conversation: str, text: str, answer: str = "yes", **more: object) -> Snapshot:
+async def ask(store: ChatStore, conversation: str, text: str, answer: str = "yes", **more: object) -> Snapshot:
     change = await store.add_message(conversation, text, client_id=f"c-{text}", generation=f"g-{text}", **more)  # type: ignore[arg-type]
     assert change.node is not None
     assert await store.finish(change.node, f"g-{text}", text=answer, status="complete", model="m", loader="echo")
@@ -35,7 +37,7 @@ def texts(snapshot: Snapshot) -> list[str]:
     return [message.text for message in snapshot.messages]
 
 
-async def test_a_turn_is_saved_whole_before_anything_is_generated(store: SqliteChatStore) -> None:
+async def test_a_turn_is_saved_whole_before_anything_is_generated(store: ChatStore) -> None:
     chat = await store.create(system_prompt="Be kind.")
     assert (chat.title, chat.revision, chat.messages) == ("New chat", 1, ())
     change = await store.add_message(chat.id, "# What is GPTQ?\nTell me.", client_id="c1", generation="g1")
@@ -49,7 +51,7 @@ async def test_a_turn_is_saved_whole_before_anything_is_generated(store: SqliteC
     assert (await store.path_to(answer.id))[0] == "Be kind."
 
 
-async def test_generation_writes_only_its_own_node(store: SqliteChatStore) -> None:
+async def test_generation_writes_only_its_own_node(store: ChatStore) -> None:
     chat = await store.create()
     change = await store.add_message(chat.id, "hi", client_id="c1", generation="g1")
     node = change.node
@@ -69,7 +71,7 @@ async def test_generation_writes_only_its_own_node(store: SqliteChatStore) -> No
     assert snapshot.revision == change.snapshot.revision, "an answer that comes in makes no tab stale"
 
 
-async def test_the_same_client_id_acts_once(store: SqliteChatStore) -> None:
+async def test_the_same_client_id_acts_once(store: ChatStore) -> None:
     chat = await store.create()
     first = await store.add_message(chat.id, "hi", client_id="c1", generation="g1")
     for _ in range(50):
@@ -81,14 +83,14 @@ async def test_the_same_client_id_acts_once(store: SqliteChatStore) -> None:
         await store.add_answer(first.node, client_id="c1", generation="g3")
 
 
-async def test_no_message_below_an_answer_that_is_being_written(store: SqliteChatStore) -> None:
+async def test_no_message_below_an_answer_that_is_being_written(store: ChatStore) -> None:
     chat = await store.create()
     await store.add_message(chat.id, "hi", client_id="c1", generation="g1")
     with pytest.raises(Conflict, match="still being written"):
         await store.add_message(chat.id, "more", client_id="c2", generation="g2")
 
 
-async def test_regenerate_makes_versions(store: SqliteChatStore) -> None:
+async def test_regenerate_makes_versions(store: ChatStore) -> None:
     chat = await store.create()
     old = (await ask(store, chat.id, "q", "first")).messages[-1]
     change = await store.add_answer(old.id, client_id="r1", generation="g2")
@@ -104,7 +106,7 @@ async def test_regenerate_makes_versions(store: SqliteChatStore) -> None:
     assert len(third.snapshot.messages[-1].siblings) == 3
 
 
-async def test_continue_appends_to_the_same_node(store: SqliteChatStore) -> None:
+async def test_continue_appends_to_the_same_node(store: ChatStore) -> None:
     chat = await store.create()
     node = (await ask(store, chat.id, "q", "Once upon")).messages[-1].id
     change = await store.reopen(node, client_id="k1", generation="g2")
@@ -118,7 +120,7 @@ async def test_continue_appends_to_the_same_node(store: SqliteChatStore) -> None
         await store.reopen((await store.snapshot(chat.id)).messages[0].id, client_id="k3", generation="g4")
 
 
-async def test_edit_keeps_the_old_version_and_what_followed_it(store: SqliteChatStore) -> None:
+async def test_edit_keeps_the_old_version_and_what_followed_it(store: ChatStore) -> None:
     chat = await store.create()
     await ask(store, chat.id, "q1", "a1")
     snapshot = await ask(store, chat.id, "q2", "a2")
@@ -134,7 +136,7 @@ async def test_edit_keeps_the_old_version_and_what_followed_it(store: SqliteChat
     assert gone_on.prefix == "go on from" and gone_on.snapshot.messages[-1].status == "generating"
 
 
-async def test_a_stale_tab_conflicts_and_can_branch(store: SqliteChatStore) -> None:
+async def test_a_stale_tab_conflicts_and_can_branch(store: ChatStore) -> None:
     chat = await store.create()
     seen = await ask(store, chat.id, "q1", "a1")
     await ask(store, chat.id, "from the other tab")
@@ -150,7 +152,7 @@ async def test_a_stale_tab_conflicts_and_can_branch(store: SqliteChatStore) -> N
         await store.update(chat.id, {"title": "x"}, revision=seen.revision)
 
 
-async def test_a_rename_elsewhere_does_not_stop_a_send(store: SqliteChatStore) -> None:
+async def test_a_rename_elsewhere_does_not_stop_a_send(store: ChatStore) -> None:
     chat = await store.create()
     seen = await ask(store, chat.id, "q1")
     await store.update(chat.id, {"title": "Renamed"})
@@ -158,7 +160,7 @@ async def test_a_rename_elsewhere_does_not_stop_a_send(store: SqliteChatStore) -
     assert change.snapshot.title == "Renamed"
 
 
-async def test_a_branch_below_a_deleted_message_goes_to_its_ancestor(store: SqliteChatStore) -> None:
+async def test_a_branch_below_a_deleted_message_goes_to_its_ancestor(store: ChatStore) -> None:
     chat = await store.create()
     seen = await ask(store, chat.id, "q1", "a1")
     await store.delete(seen.messages[1].id)
@@ -168,8 +170,8 @@ async def test_a_branch_below_a_deleted_message_goes_to_its_ancestor(store: Sqli
     assert texts(change.snapshot) == ["q1", "q2", ""]
 
 
-async def test_delete_and_undo_survive_a_restart(tmp_path: Path) -> None:
-    store = SqliteChatStore(tmp_path)
+async def test_delete_and_undo_survive_a_restart(place: Place) -> None:
+    store = place()
     await store.open()
     chat = await store.create()
     await ask(store, chat.id, "q1", "a1")
@@ -180,7 +182,7 @@ async def test_delete_and_undo_survive_a_restart(tmp_path: Path) -> None:
     with pytest.raises(NotFound):
         await store.add_answer(full.messages[3].id, client_id="x", generation="g")
     await store.close()
-    store = SqliteChatStore(tmp_path)
+    store = place()
     await store.open()
     assert texts(await store.undo(token)) == ["q1", "a1", "q2", "a2"]
     assert texts(await store.undo(token)) == ["q1", "a1", "q2", "a2"]
@@ -189,7 +191,7 @@ async def test_delete_and_undo_survive_a_restart(tmp_path: Path) -> None:
     await store.close()
 
 
-async def test_deleting_a_version_shows_the_other_one(store: SqliteChatStore) -> None:
+async def test_deleting_a_version_shows_the_other_one(store: ChatStore) -> None:
     chat = await store.create()
     old = (await ask(store, chat.id, "q", "first")).messages[-1]
     change = await store.add_answer(old.id, client_id="r1", generation="g2")
@@ -204,7 +206,7 @@ async def test_deleting_a_version_shows_the_other_one(store: SqliteChatStore) ->
     assert texts(await store.undo(token)) == ["q", "second"]
 
 
-async def test_undo_below_a_deleted_message_is_refused(store: SqliteChatStore) -> None:
+async def test_undo_below_a_deleted_message_is_refused(store: ChatStore) -> None:
     chat = await store.create()
     snapshot = await ask(store, chat.id, "q", "a")
     _, inner = await store.delete(snapshot.messages[1].id)
@@ -215,7 +217,7 @@ async def test_undo_below_a_deleted_message_is_refused(store: SqliteChatStore) -
     assert texts(await store.undo(inner)) == ["q", "a"]
 
 
-async def test_trash_and_purge(store: SqliteChatStore) -> None:
+async def test_trash_and_purge(store: ChatStore) -> None:
     chat = await store.create()
     snapshot = await ask(store, chat.id, "secret thing")
     with pytest.raises(Conflict, match="trash"):
@@ -233,7 +235,7 @@ async def test_trash_and_purge(store: SqliteChatStore) -> None:
     assert await store.conversations("secret", trashed=True) == []
 
 
-async def test_list_order_and_pins(store: SqliteChatStore) -> None:
+async def test_list_order_and_pins(store: ChatStore) -> None:
     ids = []
     for n in range(3):
         chat = await store.create()
@@ -250,7 +252,7 @@ async def test_list_order_and_pins(store: SqliteChatStore) -> None:
     assert lines[1].generating and lines[1].snippet == "again"
 
 
-async def test_search(store: SqliteChatStore) -> None:
+async def test_search(store: ChatStore) -> None:
     first, second = await store.create(), await store.create("École de Paris 100%")
     await ask(store, first.id, "Tell me of lighthouses", "The old keeper of the ÉTOILE lighthouse. " + "x " * 200 + "storm")
     await ask(store, second.id, "hi", "100 percent_sure")
@@ -273,7 +275,7 @@ async def test_search(store: SqliteChatStore) -> None:
     assert await found("storm") == []
 
 
-async def test_update_checks_names_and_leaf(store: SqliteChatStore) -> None:
+async def test_update_checks_names_and_leaf(store: ChatStore) -> None:
     chat, other = await store.create(), await store.create()
     snapshot = await ask(store, other.id, "q")
     with pytest.raises(InvalidParameter):
@@ -285,7 +287,7 @@ async def test_update_checks_names_and_leaf(store: SqliteChatStore) -> None:
     assert (await store.update(chat.id, {"title": ""})).title == "New chat"
 
 
-async def test_a_leaf_goes_to_the_newest_end_below(store: SqliteChatStore) -> None:
+async def test_a_leaf_goes_to_the_newest_end_below(store: ChatStore) -> None:
     chat = await store.create()
     first = await ask(store, chat.id, "q1", "a1")
     await ask(store, chat.id, "q2", "a2")
@@ -294,7 +296,7 @@ async def test_a_leaf_goes_to_the_newest_end_below(store: SqliteChatStore) -> No
     assert texts(snapshot) == ["q1", "a1", "q3", "a3"]
 
 
-async def test_import_and_export_keep_the_tree(store: SqliteChatStore) -> None:
+async def test_import_and_export_keep_the_tree(store: ChatStore) -> None:
     nodes = (
         NewNode("a", None, "user", "q", created_at=1.5),
         NewNode("b", "a", "assistant", "a1", model="m", receipt={"x": 1}),
@@ -314,7 +316,7 @@ async def test_import_and_export_keep_the_tree(store: SqliteChatStore) -> None:
     assert len(await store.conversations()) == before, "all or nothing"
 
 
-async def test_long_conversation(store: SqliteChatStore) -> None:
+async def test_long_conversation(store: ChatStore) -> None:
     nodes = [NewNode("0", None, "user", "q0")]
     nodes += [NewNode(str(n), str(n - 1), "assistant" if n % 2 else "user", f"t{n}") for n in range(1, 2001)]
     made = await store.add_conversation(NewConversation("Long", tuple(nodes)))

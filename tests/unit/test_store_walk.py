@@ -7,19 +7,18 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from modules.chat.store_sqlite import SqliteChatStore
 from modules.errors import Conflict, InvalidParameter, NotFound
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from modules.chat.store import Change, ChatStore, Snapshot
 
-    from modules.chat.store import Change, Snapshot
+    from .conftest import Place
 
 STEPS = 120
 
 
 class Walk:
-    def __init__(self, store: SqliteChatStore, conversation: str, seed: int) -> None:
+    def __init__(self, store: ChatStore, conversation: str, seed: int) -> None:
         self.store = store
         self.conversation = conversation
         self.chance = random.Random(seed)
@@ -114,8 +113,8 @@ class Walk:
 
 
 @pytest.mark.parametrize("seed", range(8))
-async def test_random_walks(tmp_path: Path, seed: int) -> None:
-    store = SqliteChatStore(tmp_path)
+async def test_random_walks(place: Place, seed: int) -> None:
+    store = place()
     await store.open()
     walk = Walk(store, (await store.create()).id, seed)
     done = 0
@@ -138,7 +137,7 @@ async def test_random_walks(tmp_path: Path, seed: int) -> None:
     final = await store.snapshot(walk.conversation)
     assert [m.text for m in copy.messages] == [m.text for m in final.messages]
     await store.close()
-    store = SqliteChatStore(tmp_path)
+    store = place()
     assert await store.open() == []
     assert await store.snapshot(walk.conversation) == final
     await store.close()

@@ -54,7 +54,8 @@ class Chat {
 
   async start() {
     connect();
-    on('conversation', debounce((event) => this.#changedElsewhere(event), 40));
+    const changed = debounce((event) => this.#changedElsewhere(event), 40);
+    on('conversation', (event) => event.id === this.chat?.id && changed(event));
     on('resync', () => this.chat && this.open(this.chat.id, { quiet: true }));
     on('settings', () => this.#readSettings());
     on('notice', (notice) => this.#notice(notice));

@@ -99,6 +99,9 @@ export class MessageView {
     if (node.unsaved) {
       this.notes.append(h('div', { class: 'sy-note', role: 'alert' }, icon('warning', 17), 'Not on disk yet: export this chat to be safe.'));
     }
+    if (node.status === 'generating' && !node.run) {
+      this.notes.append(h('div', { class: 'sy-note', 'data-testid': 'elsewhere' }, icon('info', 17), 'Another server is writing this answer.'));
+    }
     if (node.error) this.notes.append(this.#errorCard(node.error));
     else if (node.status === 'interrupted' && node.receipt?.finish_reason !== 'cancelled') {
       this.notes.append(

@@ -1,0 +1,76 @@
+"""One open transaction, on SQLite or on PostgreSQL, as the store's SQL sees it.
+
+The SQL is written once, with `:name` parameters and the words both databases know. What they do differently has a method here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Sequence
+
+
+class Row(Protocol):
+    """A row: its columns by name."""
+
+    def __getitem__(self, column: str, /) -> Any: ...
+
+
+class Database(Protocol):
+    def all(self, sql: str, **values: Any) -> Sequence[Row]: ...
+
+    def one(self, sql: str, **values: Any) -> Row | None:
+        """The first row."""
+
+    def run(self, sql: str, **values: Any) -> int:
+        """How many rows were changed."""
+
+    def many(self, sql: str, values: Sequence[dict[str, Any]]) -> None:
+        """Run it once for each."""
+
+    def pick(self, select: str, ids: Sequence[str]) -> Sequence[Row]:
+        """The rows of `select` whose `id` is among `ids`, in any order."""
+
+    def hold(self, conversation: str) -> None:
+        """Until the end of the transaction, let no other one change this conversation's tree."""
+
+    def count_change(self) -> int:
+        """The next number of a counter that orders the list of conversations."""
+
+
+class SqliteDatabase:
+    """The caller has begun the transaction; while it writes, SQLite lets nobody else write."""
+
+    def __init__(self, connection: sqlite3.Connection) -> None:
+        self._connection = connection
+
+    def all(self, sql: str, **values: Any) -> list[sqlite3.Row]:
+        return self._connection.execute(sql, values).fetchall()
+
+    def one(self, sql: str, **values: Any) -> sqlite3.Row | None:
+        row: sqlite3.Row | None = self._connection.execute(sql, values).fetchone()
+        return row
+
+    def run(self, sql: str, **values: Any) -> int:
+        return self._connection.execute(sql, values).rowcount
+
+    def many(self, sql: str, values: Sequence[dict[str, Any]]) -> None:
+        self._connection.executemany(sql, values)
+
+    def pick(self, select: str, ids: Sequence[str]) -> list[sqlite3.Row]:
+        rows: list[sqlite3.Row] = []
+        for begin in range(0, len(ids), 500):  # SQLite's limit on parameters is 999 in old builds
+            part = ids[begin : begin + 500]
+            rows += self._connection.execute(f"{select} WHERE id IN ({','.join('?' * len(part))})", part)
+        return rows
+
+    def hold(self, conversation: str) -> None:
+        """Held already: a writer has the whole file."""
+
+    def count_change(self) -> int:
+        self.run("UPDATE meta SET value = CAST(value AS INTEGER) + 1 WHERE key = 'touched'")
+        row = self.one("SELECT value FROM meta WHERE key = 'touched'")
+        assert row is not None
+        return int(row["value"])
