@@ -72,9 +72,9 @@ class Postgres:
         self.start()
 
     def start(self) -> None:
-        """Ready when it returns. Durability is off: what the tests check is the store, not PostgreSQL's disk."""
+        """Ready when it returns. What is committed survives a kill, not a power cut: no test checks PostgreSQL's disk."""
         settings = {
-            "listen_addresses": "", "unix_socket_directories": str(self.folder), "fsync": "off", "synchronous_commit": "off",
+            "listen_addresses": "", "unix_socket_directories": str(self.folder), "fsync": "off",
             "full_page_writes": "off", "max_connections": "60", "autovacuum": "off", "shared_buffers": "16MB",
         }  # fmt: skip
         command = [str(self._binaries / "postgres"), "-D", str(self.folder / "data")]

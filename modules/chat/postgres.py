@@ -234,10 +234,10 @@ AND split_part(generation, '/', 1) NOT IN (SELECT CAST(number AS TEXT) FROM ({_L
 
 
 def interrupt(db: Database, generations: list[str]) -> Sequence[Row]:
-    """Mark these as ended; their conversations."""
+    """Mark these, which nobody writes; their conversations."""
     return db.all(
-        "UPDATE nodes SET status = 'interrupted' WHERE status = 'generating' AND generation = ANY(:generations) "
-        "RETURNING conversation",
+        "UPDATE nodes SET status = 'interrupted', generation = NULL "
+        "WHERE status = 'generating' AND generation = ANY(:generations) RETURNING conversation",
         generations=generations,
     )
 

@@ -46,9 +46,11 @@ class Presence:
         self._thread = threading.Thread(target=self._run, name="chat-presence", daemon=True)
         self._connection: sqlalchemy.Connection | None = None
 
-    def start(self) -> None:
-        """Take a number and begin to listen. Raises SQLAlchemyError."""
+    def connect(self) -> None:
+        """Take a number; from now on this server lives. Raises SQLAlchemyError."""
         self._connect()
+
+    def start(self) -> None:
         self._thread.start()
 
     def close(self) -> None:
@@ -76,6 +78,9 @@ class Presence:
 
     def _disconnect(self) -> None:
         if self._connection is not None:
+            with contextlib.suppress(SQLAlchemyError, psycopg.Error):
+                if self._ending:  # at once, not when the database notices that the session is over
+                    self._connection.exec_driver_sql("SELECT pg_advisory_unlock_all()")
             with contextlib.suppress(SQLAlchemyError, psycopg.Error):
                 self._connection.close()
             self._connection = None

@@ -76,10 +76,11 @@ class PostgresChatStore(SqlChatStore):
             if slow is not None:
                 log.info("searching many chats is slow without PostgreSQL's pg_trgm: %s", slow)
             self._presence = Presence(self._engine, self._heard, self._look)
-            self._presence.start()
+            self._presence.connect()
             interrupted = self._interrupt_dead()
             with self._engine.begin() as connection:
                 self._search.prepare(postgres.PostgresDatabase(connection))
+            self._presence.start()
         except DBAPIError as error:
             self._close()
             raise postgres.storage_error(error) from None  # SQLAlchemy's own words hold the statement
