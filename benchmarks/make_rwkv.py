@@ -1,4 +1,4 @@
-"""Make a random RWKV-7 of 129 M parameters with the bundled tokenizer, to measure speed with: `make_rwkv.py FOLDER`.
+"""Make a random RWKV-7 with the bundled tokenizer, to measure with: `make_rwkv.py FOLDER [LAYERS HIDDEN]`; 129 M parameters.
 
 Runs in the RWKV environment. Every matrix is random, so what it says is noise; its shapes are those of a real model.
 """
@@ -9,7 +9,8 @@ import shutil
 import sys
 from pathlib import Path
 
-LAYERS, HIDDEN, VOCAB, SIDE = 12, 896, 4096, 64
+LAYERS, HIDDEN = (int(word) for word in (sys.argv[2:4] or (12, 896)))
+VOCAB, SIDE = 4096, 64
 RANKS = {"w": 64, "a": 64, "v": 32, "g": 128}
 BUNDLED = Path(__file__).resolve().parent.parent / "models" / "wren-rwkv-7m"
 

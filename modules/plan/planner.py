@@ -83,7 +83,7 @@ def plan(
         for files, made, route in derived(model, shape):
             for choice in rank(files, specs, environment):
                 if choice.ok or not choice.installed:
-                    fits += _ways(made, choice, machine, route)
+                    fits += _best(_ways(made, choice, machine, route))
     return [fit for fit, _ in sorted(fits, key=_order)]
 
 
@@ -96,6 +96,11 @@ def _ways(shape: Shape, choice: Choice, machine: Machine, how: How) -> list[tupl
         fit = _largest(shape, choice, setting, machine, own, how)
         found.append((fit, setting.loss))
     return found
+
+
+def _best(ways: list[tuple[Fit, int]]) -> list[tuple[Fit, int]]:
+    """One way per file that would have to be made first: its variants are for when it is there."""
+    return sorted(ways, key=_order)[:1]
 
 
 def contexts(shape: Shape) -> list[int]:
