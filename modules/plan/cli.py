@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
     import argparse
 
     from modules.config import Config
+    from modules.overlays import Overlays
     from modules.plan.types import Fit, Machine
+    from modules.schema import LoaderSpec
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -25,7 +28,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         description="For a model and this machine: which backend, quantisation, context and cache fit, in how much memory and "
         "about how fast, the best first. Reads headers only; nothing is loaded.",
     )
-    parser.add_argument("source", metavar="MODEL", help="a name under the model folder, or a path")
+    parser.add_argument("source", metavar="MODEL", help="a name under the model folder, or a path; with --hub OWNER/NAME")
+    parser.add_argument("--hub", action="store_true", help="a repository on the hub: its list of files and their headers")
+    parser.add_argument("--revision", metavar="REV", help="with --hub: branch, tag or commit; default: main")
     parser.add_argument("--json", action="store_true", dest="as_json", help="machine-readable, on stdout")
     return parser
 
@@ -37,21 +42,36 @@ def run(arguments: argparse.Namespace, config: Config) -> int:
     from modules.plan.machine import this_machine
     from modules.registry import discover
 
-    specs = discover()
+    specs, overlays = discover(), Overlays.find()
+    machine = this_machine(config.model_dir, config.user_data_dir)
     try:
-        model = LocalLibrary(config.model_dirs, specs.values()).admit(arguments.source)
-        if model.problem:
-            raise CorruptModel(model.problem)
-        machine = this_machine(config.model_dir, config.user_data_dir)
-        fits = plan(model, machine, specs.values(), Overlays.find())
+        if arguments.hub:
+            name, fits = arguments.source, asyncio.run(_of_repository(arguments, machine, specs, overlays))
+        else:
+            model = LocalLibrary(config.model_dirs, specs.values()).admit(arguments.source)
+            if model.problem:
+                raise CorruptModel(model.problem)
+            name, fits = model.id, plan(model, machine, specs.values(), overlays)
+    except KeyboardInterrupt:
+        return 130
     except AppError as error:
         print(f"Switchyard: {error}", file=sys.stderr)
         return 1
     if arguments.as_json:
-        print(json.dumps(body(model.id, machine, fits), indent=1, ensure_ascii=False))
+        print(json.dumps(body(name, machine, fits), indent=1, ensure_ascii=False))
     else:
-        print(table(model.id, machine, fits))
+        print(table(name, machine, fits))
     return 0 if any(fit.fits for fit in fits) else 1
+
+
+async def _of_repository(
+    arguments: argparse.Namespace, machine: Machine, specs: dict[str, LoaderSpec], overlays: Overlays
+) -> list[Fit]:
+    from modules.download.hub import Hub
+    from modules.plan.repository import plan_repository
+
+    hub = Hub.from_environment()
+    return await plan_repository(hub, arguments.source, arguments.revision, machine, specs.values(), overlays)
 
 
 def table(model: str, machine: Machine, fits: list[Fit]) -> str:

@@ -10,6 +10,7 @@ import importlib
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from modules.plan.routes import derived
 from modules.plan.types import MIB, Fit, How, Machine, Memory, Setting, Shape, Verdict
 from modules.registry import Choice, rank
 
@@ -62,7 +63,6 @@ def plan(
     environment: Environment,
     *,
     shape: Shape | None = None,
-    how: How = "load",
 ) -> list[Fit]:
     """Every way to run `model` here that its loaders know, and what converting or quantising it would give, the best first.
 
@@ -73,18 +73,31 @@ def plan(
 
         shape = read_shape(model)
     specs = list(specs)
-    fits: list[tuple[Fit, int]] = []
-    for choice in rank(model, specs, environment):
-        if choice.ok or not choice.installed:
-            fits += _ways(shape, choice, machine, how)
-    if how == "load":
-        from modules.plan.routes import derived
+    fits = ways_of(model, shape, machine, specs, environment, "load")
+    for files, made, route in derived(model, shape):
+        for choice in _choices(files, specs, environment):
+            # One way per file that would have to be made first: its variants are for when it is there.
+            fits += sorted(_ways(made, choice, machine, route), key=_order)[:1]
+    return order(fits)
 
-        for files, made, route in derived(model, shape):
-            for choice in rank(files, specs, environment):
-                if choice.ok or not choice.installed:
-                    fits += _best(_ways(made, choice, machine, route))
-    return [fit for fit, _ in sorted(fits, key=_order)]
+
+def ways_of(
+    model: ModelFiles, shape: Shape, machine: Machine, specs: Iterable[LoaderSpec], environment: Environment, how: How
+) -> list[tuple[Fit, int]]:
+    """The model's own ways, in no order, each with what its setting costs in quality."""
+    found = []
+    for choice in _choices(model, specs, environment):
+        found += _ways(shape, choice, machine, how)
+    return found
+
+
+def order(ways: Iterable[tuple[Fit, int]]) -> list[Fit]:
+    """The best first."""
+    return [fit for fit, _ in sorted(ways, key=_order)]
+
+
+def _choices(model: ModelFiles, specs: Iterable[LoaderSpec], environment: Environment) -> list[Choice]:
+    return [choice for choice in rank(model, specs, environment) if choice.ok or not choice.installed]
 
 
 def _ways(shape: Shape, choice: Choice, machine: Machine, how: How) -> list[tuple[Fit, int]]:
@@ -96,11 +109,6 @@ def _ways(shape: Shape, choice: Choice, machine: Machine, how: How) -> list[tupl
         fit = _largest(shape, choice, setting, machine, own, how)
         found.append((fit, setting.loss))
     return found
-
-
-def _best(ways: list[tuple[Fit, int]]) -> list[tuple[Fit, int]]:
-    """One way per file that would have to be made first: its variants are for when it is there."""
-    return sorted(ways, key=_order)[:1]
 
 
 def contexts(shape: Shape) -> list[int]:
@@ -230,7 +238,9 @@ def _order(entry: tuple[Fit, int]) -> tuple[Any, ...]:
     enough = min(fit.context_length, ENOUGH_CONTEXT)
     speed = fit.tokens_per_second or 0.0
     usable = speed >= 1 or fit.tokens_per_second is None
-    return (not fit.fits, not usable, ready, loss > 2, -enough, loss, -round(speed, 1), fit.loader)
+    if not fit.fits:  # the least that is lacking first
+        return (True, fit.vram_bytes, fit.ram_bytes or 0, fit.loader)
+    return (False, not usable, ready, loss > 2, -enough, loss, -round(speed, 1), fit.loader)
 
 
 def nearest(fits: Iterable[Fit], loader: str | None = None) -> Fit | None:

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import json
+import math
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from modules.detect import inspect
-from modules.errors import CannotFit
-from modules.plan import Machine, Memory, Shape, nearest, plan, verdict
+from modules.download.hub import Hub
+from modules.errors import AppError, CannotFit
+from modules.plan import Fit, Machine, Memory, Shape, nearest, plan, verdict
 from modules.plan.admission import need_of, refusal
 from modules.plan.machine import parse_gpus
 from modules.plan.planner import complete, contexts, estimate, estimator, size, tokens_per_second
+from modules.plan.repository import plan_repository
 from modules.plan.shape import read_shape
 from modules.registry import discover
 from modules.schema import LoaderSpec, ModelFiles
-from tests.unit.model_files import gguf_bytes, gguf_keys, hf_folder, write_json
+from tests.unit.hub_server import FakeHub
+from tests.unit.model_files import LLAMA as LLAMA_CONFIG
+from tests.unit.model_files import gguf_bytes, gguf_keys, gguf_tensors, hf_folder, llama_tensors, safetensors_bytes, write_json
 
 GB = 10**9
 MACHINE = Machine(ram_bytes=32 * GB, ram_available_bytes=20 * GB, cores=8, disk_free_bytes=500 * GB, bandwidth=20e9)
@@ -226,3 +233,63 @@ def test_absurd_sizes_are_only_large_numbers() -> None:
 def test_gpus_as_the_driver_lists_them() -> None:
     found = parse_gpus("NVIDIA A, B, 24564, 20000\nbroken\n[N/A], [N/A], [N/A]\n")
     assert [(gpu.name, gpu.free_bytes >> 20) for gpu in found] == [("NVIDIA A, B", 20000)]
+
+
+# --- a repository --------------------------------------------------------------------------------------------------
+
+
+def plan_from(files: dict[str, bytes]) -> tuple[list[Fit], int]:
+    """The fits of a repository with these files, and how many files were asked for."""
+    with FakeHub(files) as hub:
+        fits = asyncio.run(plan_repository(Hub(hub.url), "owner/name", None, MACHINE, SPECS.values(), Installed()))
+        return fits, sum(path.startswith("/cdn/") for path, _ in hub.requests)
+
+
+def test_a_repositorys_safetensors_are_planned_by_their_headers() -> None:
+    files = {
+        "config.json": json.dumps({**LLAMA_CONFIG, "vocab_size": 4096, "hidden_size": 64}).encode(),
+        "tokenizer.json": b"{}",
+        "model.safetensors": safetensors_bytes(llama_tensors({"vocab_size": 4096, "hidden_size": 64})),
+        "evil.py": b"print(1)",
+    }
+    fits, asked = plan_from(files)
+    assert fits[0].how == "download" and fits[0].loader == "transformers" and fits[0].context_length == 64
+    assert asked == 3
+
+
+def test_a_repositorys_quantisations_share_one_header() -> None:
+    whole = gguf_bytes(gguf_keys(), {**gguf_tensors(), "blk.0.attn_k.weight": ((32, 16), 0, 2048)})
+    larger = gguf_bytes(gguf_keys(), {**gguf_tensors(), "blk.0.attn_k.weight": ((32, 64), 0, 8192)})
+    files = {"m-Q4_K_M.gguf": whole, "m-Q8_0.gguf": larger, "mmproj-m-F16.gguf": whole}
+    fits, asked = plan_from(files)
+    assert {fit.quantization for fit in fits} == {"Q4_K_M", "Q8_0"}
+    assert asked == 1
+
+
+@pytest.mark.parametrize("weights", [b"", b"GGUF", b"<html>log in</html>", b"\xff" * 5000])
+def test_a_repository_with_broken_weights_is_a_typed_problem(weights: bytes) -> None:
+    for name in ("m-Q4_0.gguf", "model.safetensors"):
+        with pytest.raises(AppError):
+            plan_from({"config.json": json.dumps(LLAMA_CONFIG).encode(), name: weights})
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a file is sparse there only when it is asked for")
+def test_a_hundred_gigabytes_are_planned_by_their_header(tmp_path: Path) -> None:
+    """A sparse file of the true size: nothing but the header is there to be read."""
+    config = {**LLAMA_CONFIG, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "vocab_size": 128256}
+    config |= {"num_attention_heads": 64, "num_key_value_heads": 8}
+    tensors = {name: (kind, list(shape)) for name, (kind, shape) in llama_tensors(config).items()}
+    header, at = {}, 0
+    for name, (kind, sides) in tensors.items():
+        end = at + 2 * math.prod(sides)
+        header[name] = {"dtype": kind, "shape": sides, "data_offsets": [at, end]}
+        at = end
+    raw = json.dumps(header).encode()
+    write_json(tmp_path / "config.json", config)
+    with (tmp_path / "model.safetensors").open("wb") as out:
+        out.write(len(raw).to_bytes(8, "little") + raw)
+        out.truncate(8 + len(raw) + at)
+    model = inspect(tmp_path)
+    assert model.problem is None and model.size_bytes > 130 * GB
+    fits = plan(model, MACHINE, SPECS.values(), Installed())
+    assert fits and not any(fit.fits for fit in fits if fit.how == "load")
