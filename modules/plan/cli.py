@@ -46,7 +46,7 @@ def run(arguments: argparse.Namespace, config: Config) -> int:
     machine = this_machine(config.model_dir, config.user_data_dir)
     try:
         if arguments.hub:
-            name, fits = arguments.source, asyncio.run(_of_repository(arguments, machine, specs, overlays))
+            name, fits = arguments.source, asyncio.run(_of_repository(arguments, config, machine, specs, overlays))
         else:
             model = LocalLibrary(config.model_dirs, specs.values()).admit(arguments.source)
             if model.problem:
@@ -65,12 +65,12 @@ def run(arguments: argparse.Namespace, config: Config) -> int:
 
 
 async def _of_repository(
-    arguments: argparse.Namespace, machine: Machine, specs: dict[str, LoaderSpec], overlays: Overlays
+    arguments: argparse.Namespace, config: Config, machine: Machine, specs: dict[str, LoaderSpec], overlays: Overlays
 ) -> list[Fit]:
-    from modules.download.hub import Hub
+    from modules.download.account import HubAccount
     from modules.plan.repository import plan_repository
 
-    hub = Hub.from_environment()
+    hub = HubAccount(config.user_data_dir, config.hub_endpoint, config.hub_proxy).hub()
     return await plan_repository(hub, arguments.source, arguments.revision, machine, specs.values(), overlays)
 
 
