@@ -10,7 +10,6 @@ import importlib
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from modules.plan.routes import derived
 from modules.plan.types import MIB, Fit, How, Machine, Memory, Setting, Shape, Verdict
 from modules.registry import Choice, rank
 
@@ -72,6 +71,8 @@ def plan(
         from modules.plan.shape import read_shape
 
         shape = read_shape(model)
+    from modules.plan.routes import derived  # brings the converter's tables, which no command line needs
+
     specs = list(specs)
     fits = ways_of(model, shape, machine, specs, environment, "load")
     for files, made, route in derived(model, shape):
