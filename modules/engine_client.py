@@ -128,6 +128,8 @@ class _Stream:
 class WorkerClient(EngineClient):
     """A worker process. Make one with `start`."""
 
+    abort_grace_s: float | None = None  # None: ABORT_GRACE_S
+
     def __init__(self, spec: LoaderSpec, on_log: OnLog | None) -> None:
         self.spec = spec
         self.versions = {}
@@ -152,31 +154,31 @@ class WorkerClient(EngineClient):
         """Spawn the worker and shake hands. Raises EngineDead or ProtocolError."""
         client = cls(spec, on_log)
         command = [str(environment.python(spec.overlay)), "-X", "utf8", "-m", "modules.worker", "--loader", spec.name]
+        hint = f"Run `doctor`: the environment {spec.overlay or 'parent'} may be incomplete."
+        await client.launch(command, environment.worker_env(spec.overlay), hint)
+        return client
+
+    async def launch(self, command: Sequence[str], env: dict[str, str], hint: str) -> None:
+        """Spawn `command` and shake hands with it; `hint` is for when it can't be spawned."""
         options: dict[str, Any] = {"start_new_session": True}
         if sys.platform == "win32":
             options = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW}
         loop = asyncio.get_running_loop()
         try:
-            transport, _ = await loop.subprocess_exec(
-                lambda: _Pipes(client), *command, cwd=ROOT, env=environment.worker_env(spec.overlay), **options
-            )
+            transport, _ = await loop.subprocess_exec(lambda: _Pipes(self), *command, cwd=ROOT, env=env, **options)
         except OSError as error:
-            raise EngineDead(
-                f"The {spec.title} worker could not be started: {error.strerror}.",
-                hint=f"Run `doctor`: the environment {spec.overlay or 'parent'} may be incomplete.",
-            ) from error
-        client._transport = transport
-        client.pid = transport.get_pid()
+            raise EngineDead(f"The {self.spec.title} worker could not be started: {error.strerror}.", hint=hint) from error
+        self._transport = transport
+        self.pid = transport.get_pid()
         try:
-            client._send({"type": "hello", "protocol": protocol.PROTOCOL_VERSION})
-            await asyncio.wait_for(asyncio.shield(client._ready), HANDSHAKE_S)
+            self._send({"type": "hello", "protocol": protocol.PROTOCOL_VERSION})
+            await asyncio.wait_for(asyncio.shield(self._ready), HANDSHAKE_S)
         except BaseException as error:
-            await client.close(grace_s=0)
+            await self.close(grace_s=0)
             if isinstance(error, asyncio.TimeoutError):
-                raise EngineTimeout(f"The {spec.title} worker did not answer within {HANDSHAKE_S:.0f} s.") from None
+                raise EngineTimeout(f"The {self.spec.title} worker did not answer within {HANDSHAKE_S:.0f} s.") from None
             raise
-        client._background(client._watch())
-        return client
+        self._background(self._watch())
 
     async def load(self, path: str, options: dict[str, Any], on_progress: OnProgress | None = None) -> ModelInfo:
         self._check_alive()
@@ -431,16 +433,17 @@ class WorkerClient(EngineClient):
             self._streams.pop(request_id, None)
 
     async def _enforce_abort(self, stream: _Stream) -> None:
-        await asyncio.sleep(ABORT_GRACE_S)
+        grace_s = self.abort_grace_s or ABORT_GRACE_S
+        await asyncio.sleep(grace_s)
         if not stream.finished:
-            self._die(f"it did not stop within {ABORT_GRACE_S:.0f} s of being asked to")
+            self._die(f"it did not stop within {grace_s:.0f} s of being asked to")
 
     # --- out -------------------------------------------------------------------------------------------------------
 
     def _send(self, message: protocol.Message) -> None:
         assert self._transport is not None
         pipe = self._transport.get_pipe_transport(0)
-        if isinstance(pipe, asyncio.WriteTransport):
+        if pipe is not None:  # uvloop's is no asyncio.WriteTransport
             pipe.write(protocol.encode_frame(message))
 
     def _background(self, work: Any) -> None:

@@ -14,7 +14,7 @@ Parent -> worker
 Worker -> parent
     ready {protocol, loader, versions, pid, device} · progress {stage, fraction} · loaded {info}
     prefill · token · done (the events of modules.schema) · result {call_id, value} · pong
-    error {error, request_id?, call_id?} · log {level, text}
+    error {error, request_id?, call_id?} · log {level, text} · status {replicas, versions} (a gateway's: modules.ray_engine)
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PROTOCOL_VERSION = 2
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 HEADER = struct.Struct(">I")
 MESSAGES = frozenset(
-    "hello load generate abort call ping shutdown ready progress loaded prefill token done result pong error log".split()
+    "hello load generate abort call ping shutdown ready progress loaded prefill token done result pong error log status".split()
 )
 
 Message = dict[str, Any]
