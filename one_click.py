@@ -12,6 +12,7 @@ root. Standard library only: this runs on the system's Python before anything is
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
@@ -70,6 +71,11 @@ def torch_flag(flags: list[str]) -> str | None:
         elif word.startswith("--torch="):
             value = word.partition("=")[2]
     return value
+
+
+def on_ray(flags: list[str]) -> bool:
+    """Whether the server is to start with --engine ray, which needs an environment of its own."""
+    return "--engine=ray" in flags or ("--engine", "ray") in itertools.pairwise(flags)
 
 
 class Launch:
@@ -150,7 +156,8 @@ class Launch:
         serve = command == "serve"
         helps = "-h" in flags or "--help" in flags
         console = Console(1 if serve and not helps else 0)
-        self.install(["parent"] if helps or not serve else list(FIRST), console)
+        names = [*FIRST, *(["ray"] if on_ray(flags) else [])]
+        self.install(["parent"] if helps or not serve else names, console)
         if serve and os.environ.get("LAUNCH_AFTER_INSTALL", "").lower() in ("no", "false", "0"):
             console.line("Set-up done; not started, as LAUNCH_AFTER_INSTALL says.")
             return 0

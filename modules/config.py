@@ -27,6 +27,7 @@ from modules.errors import ConfigError
 from modules.foreign_flags import BARE, FOREIGN_FLAGS, JOINED, NO, TRANSLATED, YES, YES_OR_NO
 from modules.options import ROOT as ROOT
 from modules.options import Formatter, Kind, Option, Parser, add_options, build_parser, sample_file
+from modules.ray_engine.settings import RaySettings
 
 if typing.TYPE_CHECKING:
     from modules.schema import OptionSpec
@@ -99,6 +100,28 @@ class Config:
     )
     load_anyway: bool = _option(False, "Load models that the planner finds too large for this machine.", "Models")
     strict_parameters: bool = _option(False, "Refuse a request with a parameter the backend can't honour.", "Models")
+
+    # Scale-out
+    engine: str = _option(
+        "local",
+        "Where models run: local (a worker each) or ray (replicas on Ray Serve; docs/scaling.md).",
+        "Scale-out",
+        choices=("local", "ray"),
+    )
+    ray_address: str | None = _option(
+        None, "Ray cluster to join, HOST:PORT of its head. Default: a Ray of our own, here.", "Scale-out", metavar="ADDRESS"
+    )
+    ray_replicas: str = _option(
+        "1", "Replicas of each model: a number, or MIN:MAX to let the load decide.", "Scale-out", metavar="MIN[:MAX]"
+    )
+    ray_cpus: float = _option(1.0, "CPU cores that each replica reserves in the cluster.", "Scale-out")
+    ray_gpus: float = _option(0.0, "GPUs for each replica; 0.5 lets two share one.", "Scale-out")
+    ray_routing: str = _option(
+        "prefix",
+        "Which replica takes a request: prefix (the one that knows its beginning), least-loaded, power-of-two (Serve's own).",
+        "Scale-out",
+        choices=("prefix", "least-loaded", "power-of-two"),
+    )
 
     # Data
     user_data_dir: Path = _option(ROOT / "user_data", "Folder with chats, settings and logs.", "Data", metavar="DIR")
@@ -494,6 +517,10 @@ def _check(config: Config) -> None:
         raise ConfigError(f"--listen-port must be between 0 and 65535, not {config.listen_port}.")
     if config.idle_timeout < 0 or config.max_models < 0 or config.max_body_mb < 1:
         raise ConfigError("--idle-timeout and --max-models can't be negative, and --max-body-mb is at least 1.")
+    if config.engine == "ray":
+        RaySettings.of(config)
+    elif asked := sorted(name for name in config.explicit if name.startswith("ray_")):
+        raise ConfigError(f"--{asked[0].replace('_', '-')} is for --engine ray.", hint="Add --engine ray.")
     if (config.ssl_keyfile is None) != (config.ssl_certfile is None):
         raise ConfigError("TLS needs both --ssl-keyfile and --ssl-certfile.")
     for name in ("ssl_keyfile", "ssl_certfile"):

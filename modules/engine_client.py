@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 from modules import protocol
 from modules.engine import CancelToken, Engine
@@ -444,7 +444,7 @@ class WorkerClient(EngineClient):
         assert self._transport is not None
         pipe = self._transport.get_pipe_transport(0)
         if pipe is not None:  # uvloop's is no asyncio.WriteTransport
-            pipe.write(protocol.encode_frame(message))
+            cast("asyncio.WriteTransport", pipe).write(protocol.encode_frame(message))
 
     def _background(self, work: Any) -> None:
         task = asyncio.get_running_loop().create_task(work)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from modules.overlays import Overlays
     from modules.presets import Presets
     from modules.quantizations import Quantizations
+    from modules.ray_engine.client import RayEngine
     from modules.remotes.watch import Remotes
     from modules.residents import Resident
     from modules.schema import LoaderSpec
@@ -54,6 +55,7 @@ class Services:
     downloads: Downloads
     chat: ChatService = None  # type: ignore[assignment]  # set by modules.app, which it is built from
     batches: BatchJobs = None  # type: ignore[assignment]  # likewise
+    ray: RayEngine | None = None  # with --engine ray
     ui_state: Literal["off", "starting", "ready", "failed"] = "off"
     loop: asyncio.AbstractEventLoop | None = None
 

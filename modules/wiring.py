@@ -26,6 +26,8 @@ from modules.model_manager import ModelManager
 from modules.overlays import Overlays
 from modules.presets import Presets
 from modules.quantizations import Quantizations
+from modules.ray_engine.client import RayEngine
+from modules.ray_engine.settings import RaySettings
 from modules.registry import discover, rank
 from modules.remotes.store import RemoteStore
 from modules.remotes.watch import Remotes
@@ -54,7 +56,11 @@ def build_services(config: Config) -> Services:
     settings = Settings(config.user_data_dir / "settings.yaml", presets)
     model_settings = ModelSettings(config.user_data_dir / "model_settings.yaml", specs)
 
+    ray = RayEngine(RaySettings.of(config), overlays, config.user_data_dir) if config.engine == "ray" else None
+
     def start_worker(spec: LoaderSpec, on_log: Callable[[str], None]) -> Awaitable[EngineClient]:
+        if ray is not None:
+            return ray.start(spec, on_log)
         return WorkerClient.start(spec, overlays, on_log=on_log)
 
     def model_options(model: str, loader: str) -> dict[str, Any]:
@@ -98,6 +104,7 @@ def build_services(config: Config) -> Services:
         model_settings=model_settings,
         presets=presets,
         store=open_place(config.database_url or config.user_data_dir, config.user_data_dir),
+        ray=ray,
         installs=InstallManager(overlays, events, torch=config.torch),
         evaluations=EvaluationJobs(around, events),
         quantizations=Quantizations(library, config.model_dir, overlays, events, config.user_data_dir / "quantizations.json"),
@@ -145,6 +152,8 @@ async def running(services: Services) -> AsyncIterator[None]:
         await services.evaluations.close()
         await services.quantizations.close()
         await services.manager.close()
+        if services.ray is not None:
+            await services.ray.close()
         await services.templates.close()
         await services.store.close()
 

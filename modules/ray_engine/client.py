@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 START_S = 120.0
 CLOSE_S = 40.0
 END_S = 15.0
-SOCKET_PATH_BYTES = 40  # what Ray's own names leave of the 107 that a socket's path may have
+SOCKET_PATH_BYTES = 38  # what Ray's own names leave of the 107 that a socket's path may have
 
 
 class RayClient(WorkerClient):

@@ -35,7 +35,9 @@ def connect(address: str, settings: RaySettings) -> dict[str, str]:
     from ray import serve
 
     try:
-        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False, logging_level=logging.WARNING)
+        ray.init(
+            address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False, logging_level=logging.WARNING
+        )
         serve.start(proxy_location="Disabled", logging_config=_LOGS)  # no HTTP of its own
     except Exception as error:
         raise explain_connect(address, error) from error
@@ -86,8 +88,9 @@ class Deployment:
         try:
             found = await asyncio.wait_for(asyncio.gather(*(_answer(ref) for ref in asked.values())), LOOK_S)
         except Exception as error:
+            why = " ".join(str(error).split())[:300] or type(error).__name__
             raise BackendUnavailable(
-                f"The nodes of the Ray cluster could not be looked at: {' '.join(str(error).split())[:300] or type(error).__name__}.",
+                f"The nodes of the Ray cluster could not be looked at: {why}.",
                 hint="Check the cluster with `ray status`.",
             ) from error
         nodes.judge(here, dict(zip(asked, found, strict=True)), str(ROOT), self.spec.overlay or "parent", file)

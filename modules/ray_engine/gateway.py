@@ -98,7 +98,7 @@ class Gateway:
         self._sink.write(error_frame(error, **ids))
 
     def _spawn(self, work: Any) -> asyncio.Task[Any]:
-        task = asyncio.ensure_future(work)
+        task: asyncio.Task[Any] = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
@@ -170,7 +170,7 @@ class Gateway:
         self._replicas = {name: note for name, note in self._replicas.items() if now - note["heard"] < SILENCE_S}
         shown = ("replica", "pid", "worker", "node", "bytes")
         replicas = [{key: note[key] for key in shown} for note in self._replicas.values()]
-        versions = next((n["versions"] for n in self._replicas.values() if "versions" in n), {})
+        versions: dict[str, str] = next((n["versions"] for n in self._replicas.values() if "versions" in n), {})
         self._send({"type": "status", "replicas": replicas, "versions": versions})
 
     # --- requests -------------------------------------------------------------------------------------------------

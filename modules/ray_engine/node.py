@@ -29,6 +29,7 @@ def main() -> None:
     wanted = json.loads(sys.stdin.buffer.readline() or b"{}")
     folder = Path(wanted["folder"])
     shutil.rmtree(folder, ignore_errors=True)  # what a run before this one may have left
+    folder.mkdir(mode=0o700, parents=True)  # Ray's own folder in it is open to everyone
     try:
         node = _join(wanted, folder) if wanted["address"] else _start(wanted, folder)
     except AppError as error:
@@ -37,15 +38,23 @@ def main() -> None:
     address = wanted["address"] or node.gcs_address
     sink.write(json.dumps({"address": address, "pid": os.getpid()}).encode() + b"\n")
     ended = threading.Event()
-    threading.Thread(target=lambda: (sys.stdin.buffer.read(), ended.set()), daemon=True).start()
+    threading.Thread(target=_wait_for_end, args=(ended,), daemon=True).start()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     while node is not None and not ended.wait(POLL_S):
         if dead := node.dead_processes():
             print(f"ray: {', '.join(kind for kind, _ in dead)} ended", file=sys.stderr, flush=True)
             break
-    ended.wait() if node is None else node.kill_all_processes(check_alive=False, allow_graceful=False)
+    if node is None:
+        ended.wait()
+    else:
+        node.kill_all_processes(check_alive=False, allow_graceful=False)
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(0 if ended.is_set() else 3)
+
+
+def _wait_for_end(ended: threading.Event) -> None:
+    sys.stdin.buffer.read()
+    ended.set()
 
 
 def _start(wanted: dict[str, Any], folder: Path) -> Any:
@@ -68,14 +77,14 @@ def _start(wanted: dict[str, Any], folder: Path) -> Any:
         num_cpus=wanted["cpus"],
         num_gpus=wanted["gpus"],
         object_store_memory=OBJECT_STORE_BYTES,
-        temp_dir=str(folder),
+        temp_dir=str(folder / "r"),
         include_dashboard=False,
         dashboard_agent_listen_port=0,
     )
     try:
         return LocalNode(parameters, head=True, shutdown_at_exit=False, spawn_reaper=False)
     except Exception as error:
-        raise BackendUnavailable(f"Ray did not start: {_one_line(error)}.", hint="The log in the data folder says more.") from error
+        raise BackendUnavailable(f"Ray did not start: {_one_line(error)}.", hint="Run the server with --verbose.") from error
 
 
 def _join(wanted: dict[str, Any], folder: Path) -> Any:
@@ -98,7 +107,7 @@ def _join(wanted: dict[str, Any], folder: Path) -> Any:
             num_cpus=0,
             num_gpus=0,
             object_store_memory=OBJECT_STORE_BYTES,
-            temp_dir=str(folder),
+            temp_dir=str(folder / "r"),
             dashboard_agent_listen_port=0,
         )
         return Node(parameters, head=False, shutdown_at_exit=False, spawn_reaper=False)

@@ -69,7 +69,7 @@ def judge(here: dict[str, Any], found: dict[str, dict[str, Any]], root: str, ove
     if missing := [node for node, look in found.items() if look["model"] is None]:
         raise ModelNotFound(
             f"The model is not at {path} on {which(missing)}.",
-            hint="Put the models into a folder that all nodes share under one path, or copy them there, and start with --model-dir.",
+            hint="Put the models into a folder that all nodes share under one path, or copy them there (--model-dir names it).",
         )
     if other := [node for node, look in found.items() if look["model"] != here["model"]]:
         sizes = ", ".join(sorted({f"{found[node]['bytes']:,} bytes" for node in other}))

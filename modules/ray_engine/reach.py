@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import sys
 
 from modules.errors import AppError, BackendUnavailable
 
@@ -25,11 +26,14 @@ def explain_connect(address: str, error: Exception) -> AppError:
     """What Ray's exception means for the user."""
     text = " ".join(str(error).split())
     if "ersion mismatch" in text:
+        import ray  # only a Ray that is there says this
+
+        here = f"Ray {ray.__version__}, Python {sys.version.split()[0]}"
         found = re.search(r"started with: Ray: (\S+) Python: (\S+)", text)
         theirs = f"Ray {found[1]} on Python {found[2].rstrip('.')}" if found else "another Ray or Python"
         return BackendUnavailable(
             f"The cluster at {address} runs {theirs}; that is not what runs here.",
-            hint="Give all its nodes this Ray and this Python: `server.py --engine ray` without --ray-address tells both in its log.",
+            hint=f"Give all its nodes the Ray and the Python of here ({here}).",
             detail={"stderr": text[-8192:]},
         )
     if "oken" in text and ("auth" in text.lower() or "UNAUTHENTICATED" in text):

@@ -34,7 +34,7 @@ REMEMBERED_ABORTS = 1000
 
 
 def _stay_on_loopback() -> None:
-    """Serve's replica opens a port on every interface; for a Ray of our own it belongs on 127.0.0.1. (The token guards it, too.)"""
+    """Serve's replica opens a port on every interface; for a Ray of our own it belongs on 127.0.0.1. A token guards it, too."""
     from ray.serve._private import replica as serve_replica
 
     inner = serve_replica.add_port_to_grpc_server
@@ -77,7 +77,7 @@ class Board:
 class Replica:
     """The deployment's class. `job`: loader, path, options, app."""
 
-    async def __init__(self, job: dict[str, Any], board: Any) -> None:
+    async def __init__(self, job: dict[str, Any], board: Any) -> None:  # type: ignore[misc]  # Serve awaits it
         import ray
 
         self._job, self._board = job, board

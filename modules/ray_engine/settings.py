@@ -53,5 +53,7 @@ def parse_replicas(text: str) -> tuple[int, int]:
     """ "2" is two replicas, "1:4" between one and four as the load asks. Raises ConfigError."""
     found = re.fullmatch(r"\s*(\d+)\s*(?::\s*(\d+)\s*)?", text)
     if not found or not 1 <= int(found[1]) <= int(found[2] or found[1]) <= 1000:
-        raise ConfigError(f"--ray-replicas {text!r} is no MIN or MIN:MAX.", hint="Give a number from 1 on, or a range such as 1:4.")
+        raise ConfigError(
+            f"--ray-replicas {text!r} is no MIN or MIN:MAX.", hint="Give a number from 1 on, or a range such as 1:4."
+        )
     return int(found[1]), int(found[2] or found[1])

@@ -83,7 +83,7 @@ def test_specs_are_complete(name: str) -> None:
 
 # --- architecture ----------------------------------------------------------------------------------------------
 
-HEAVY = {"torch", "transformers", "llama_cpp", "xllamacpp", "numpy", "safetensors", "tokenizers", "accelerate", "peft"}
+HEAVY = {"torch", "transformers", "llama_cpp", "xllamacpp", "numpy", "safetensors", "tokenizers", "accelerate", "peft", "ray"}
 
 
 def test_the_parent_never_imports_a_backend() -> None:
@@ -92,7 +92,7 @@ def test_the_parent_never_imports_a_backend() -> None:
 import importlib, pkgutil, sys
 import modules, loaders
 worker_only = ("modules.sampler_", "modules.samplers", "modules.opt_weights")
-worker_only += ("modules.quantize._", "modules.quantize.child", "modules.convert.children")
+worker_only += ("modules.quantize._", "modules.quantize.child", "modules.convert.children", "modules.ray_engine.router")
 def walk(package, page):
     for found in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         if found.name.startswith("modules.ui") == page and not found.name.startswith(worker_only) and "._" not in found.name:
