@@ -519,7 +519,7 @@ def _check(config: Config) -> None:
         raise ConfigError("--idle-timeout and --max-models can't be negative, and --max-body-mb is at least 1.")
     if config.engine == "ray":
         RaySettings.of(config)
-    elif asked := sorted(name for name in config.explicit if name.startswith("ray_")):
+    elif asked := [f.name for f in dataclasses.fields(config) if f.name[:4] == "ray_" and getattr(config, f.name) != f.default]:
         raise ConfigError(f"--{asked[0].replace('_', '-')} is for --engine ray.", hint="Add --engine ray.")
     if (config.ssl_keyfile is None) != (config.ssl_certfile is None):
         raise ConfigError("TLS needs both --ssl-keyfile and --ssl-certfile.")
