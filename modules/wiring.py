@@ -59,7 +59,7 @@ def build_services(config: Config) -> Services:
     ray = RayEngine(RaySettings.of(config), overlays, config.user_data_dir) if config.engine == "ray" else None
 
     def start_worker(spec: LoaderSpec, on_log: Callable[[str], None]) -> Awaitable[EngineClient]:
-        if ray is not None:
+        if ray is not None and "remote" not in spec.formats:  # what computes elsewhere needs no replicas here
             return ray.start(spec, on_log)
         return WorkerClient.start(spec, overlays, on_log=on_log)
 
