@@ -13,7 +13,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from modules.engine import CancelToken, Engine, Progress
@@ -26,6 +26,7 @@ from modules.errors import (
     RemoteError,
     UnsupportedParameter,
 )
+from modules.plan.types import MIB, Machine, Memory, Setting, Shape
 from modules.remotes.store import read_servers, split_path
 from modules.sampling import PARAMETERS
 from modules.schema import (
@@ -91,6 +92,17 @@ SPEC = LoaderSpec(
     slots=64,
 )
 
+
+def estimate(shape: Shape, options: Mapping[str, Any], machine: Machine) -> Memory:
+    """See modules.plan.planner.Estimator. The weights are elsewhere."""
+    return Memory(0, base=_BASE)
+
+
+def settings(shape: Shape, machine: Machine) -> list[Setting]:
+    return [Setting({})]
+
+
+_BASE = 50 * MIB
 NEWS_S = 0.005  # how soon a new request is seen while the running ones wait
 
 

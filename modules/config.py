@@ -286,6 +286,7 @@ COMMANDS = {
         Command("evaluate", "modules.evaluate.cli", "Measure models: perplexity, speed, answers side by side, tasks."),
         Command("bench", "modules.evaluate.bench_cli", "Measure tokens per second."),
         Command("batch", "modules.batch.cli", "Answer a file of requests (OpenAI's batch format)."),
+        Command("remote", "modules.remotes.cli", "Other servers as backends: add, list, test, remove."),
         Command("download", "modules.download", "Download a model."),
         Command("plan", "modules.plan.cli", "Say what fits on this machine: backend, quantisation, context, memory, speed."),
     )

@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING
 
 from fastapi import APIRouter
 
-from modules.api import ui_batch, ui_conversations, ui_downloads, ui_evaluate, ui_events, ui_models, ui_quantize, ui_settings
+from modules.api import (
+    remotes,
+    ui_batch,
+    ui_conversations,
+    ui_downloads,
+    ui_evaluate,
+    ui_events,
+    ui_models,
+    ui_quantize,
+    ui_settings,
+)
 
 if TYPE_CHECKING:
     from modules.services import Services
@@ -23,4 +33,5 @@ def build_router(services: Services) -> APIRouter:
     router.include_router(ui_downloads.build_router(services))
     router.include_router(ui_quantize.build_router(services))
     router.include_router(ui_batch.build_router(services))
+    router.include_router(remotes.build_router(services))
     return router

@@ -28,24 +28,25 @@ MAX_LINE = 4 << 20
 MAX_SAID = 300
 MAX_REDIRECTS = 3
 CONNECT_S = 10.0
+ASKED_S = 30.0  # for what costs a server nothing: lists and properties
 _TOO_LONG = re.compile(
     r"context (length|window|size)|maximum context|too long|exceeds? the (available )?context|max_model_len", re.I
 )
 
 
 class Connection:
-    """One server. Belongs to one event loop; `silence_s` is how long it may send nothing."""
+    """One server. Belongs to one event loop; `silence_s` is how long it may send nothing where it computes."""
 
     def __init__(self, server: Server, *, silence_s: float = 300.0, connect_s: float = CONNECT_S) -> None:
         self.server = server
         self._silence_s = silence_s
+        self._connect_s = connect_s
         self._addresses: list[str] = []
         headers = {"User-Agent": "switchyard", "Accept-Encoding": "identity"}
         if server.key:
             headers["Authorization"] = f"Bearer {server.key}"
         self._client = httpx.AsyncClient(
             headers=headers,
-            timeout=httpx.Timeout(silence_s, connect=connect_s, pool=None),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=8),
             follow_redirects=False,
             trust_env=False,
@@ -119,14 +120,18 @@ class Connection:
             place = f"[{address}]" if ":" in address else address
             fixed = urlunsplit((parts.scheme, f"{place}:{parts.port or PORTS[parts.scheme]}", parts.path, parts.query, ""))
             request = self._client.build_request(
-                method, fixed, headers=headers, content=content, extensions={"sni_hostname": parts.hostname}
-            )
+                method, fixed, headers=headers, content=content, timeout=self._timeout(method),
+                extensions={"sni_hostname": parts.hostname},
+            )  # fmt: skip
             try:
                 return await self._client.send(request, stream=True)
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 failure = error
         assert failure is not None
         raise failure
+
+    def _timeout(self, method: str) -> httpx.Timeout:
+        return httpx.Timeout(self._silence_s if method == "POST" else ASKED_S, connect=self._connect_s, pool=None)
 
     def _resolved(self) -> list[str]:
         addresses, innermost = resolve(self.server.url)
@@ -255,9 +260,7 @@ class Connection:
                 f"{name} can't be reached: {_reason(error)}.", hint="Check that it runs and that its address is right."
             )
         if isinstance(error, httpx.TimeoutException):
-            return EngineTimeout(
-                f"{name} sent nothing for {self._silence_s:g} s.", hint="It may be overloaded; its log says more. Try again."
-            )
+            return EngineTimeout(f"{name} sent nothing for too long.", hint="It may be overloaded; its log says more. Try again.")
         return RemoteError(
             f"{name} broke the connection: {_reason(error)}.", hint="It may have ended; look at its log, then try again."
         )

@@ -11,7 +11,8 @@ MAX_NAME = 300
 
 
 def entries(value: Any) -> list[dict[str, Any]]:
-    """The models of an answer to GET /models, each with a usable `id`; {"models": …} and a bare list are taken, too.
+    """The models of an answer to GET /models, each with a usable `id`; {"models": …} and a bare list are taken, too. What another
+    Switchyard has from elsewhere is left out: two that know each other would list each other's lists for ever.
 
     Raises RemoteError for something else.
     """
@@ -24,6 +25,8 @@ def entries(value: Any) -> list[dict[str, Any]]:
     for item in listed:
         entry = {"id": item} if isinstance(item, str) else item
         name = entry.get("id", entry.get("name")) if isinstance(entry, dict) else None
+        if isinstance(entry, dict) and entry.get("format") == "remote":
+            continue
         if isinstance(name, str) and 0 < len(name) <= MAX_NAME and name.isprintable() and name == name.strip():
             found.setdefault(name, {**entry, "id": name})
         if len(found) == MAX_MODELS:

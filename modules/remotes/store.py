@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from modules.errors import ConfigError, Conflict, InvalidParameter, NotFound
+from modules.errors import ConfigError, Conflict, InvalidParameter, NotFound, RemoteError
 from modules.private_file import write_private
 from modules.remotes.address import check_url, resolve
 from modules.yaml_file import save_error
@@ -81,7 +81,7 @@ class RemoteStore:
         raise NotFound(f"There is no server named {name[:60]!r}.", hint="server.py remote list shows them.", param="name")
 
     def add(self, name: str, url: str, key: str | None = None, kind: str = "auto") -> Server:
-        """Check and save one. It blocks: the name is looked up. Raises InvalidParameter, Conflict, RemoteError, StorageError."""
+        """Check and save one. It blocks: the name is looked up. Raises InvalidParameter, Conflict, StorageError."""
         if not _NAME.fullmatch(name):
             raise InvalidParameter(
                 "A server's name has 1 to 40 letters, digits, dots, _ or -, and begins with a letter or digit.", param="name"
@@ -89,7 +89,10 @@ class RemoteStore:
         if kind not in KINDS:
             raise InvalidParameter(f"A server's kind is one of {', '.join(KINDS)}.", param="kind")
         url, key = check_url(url), check_key(key)
-        _, reach = resolve(url)
+        try:
+            _, reach = resolve(url)
+        except RemoteError as error:
+            raise InvalidParameter(error.message, hint=error.hint, param="url") from error
         servers = self.servers()
         if any(server.name.lower() == name.lower() for server in servers):
             raise Conflict(f"There is already a server named {name}.", hint="Remove it first, or choose another name.")

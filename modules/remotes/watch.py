@@ -47,7 +47,7 @@ class Health:
 
 async def look(server: Server, *, seconds: float = LOOK_S) -> Health:
     """Ask a server for its models. Never raises: what is wrong is in the answer."""
-    connection = Connection(server, silence_s=seconds, connect_s=min(seconds, 5.0))
+    connection = Connection(server, connect_s=min(seconds, 5.0))
     began = time.perf_counter()
     try:
         listed = entries(await asyncio.wait_for(connection.get("/models"), seconds))
@@ -108,6 +108,12 @@ class Remotes:
         if before is None or (before.ok, before.error, before.models) != (health.ok, health.error, health.models):
             self._tell(models=before is None or before.models != health.models)
         return health
+
+    def forget(self, server: Server) -> None:
+        """It was removed: its models leave the list now."""
+        with self._mutex:
+            known = self._known.pop(server, None)
+        self._tell(models=known is not None)
 
     def snapshot(self) -> list[dict[str, Any]]:
         """Each server for the page, the API and the command line; keys are left out."""

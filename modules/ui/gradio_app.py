@@ -28,7 +28,7 @@ from modules.ui.parameters import ParameterPanel
 from modules.ui.quantize_tab import quantize_tab
 from modules.ui.settings_page import SettingsPage
 from modules.ui.theme import make_theme
-from modules.ui.views import backends_view, chat_view, models_view, shell_view
+from modules.ui.views import backends_view, chat_view, models_view, remotes_view, shell_view
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -84,6 +84,7 @@ def build_blocks(services: Services) -> gr.Blocks:
             with gr.Tab("Models", id="models", elem_id="sy-page-models"):
                 models_view()
                 options = load_options_form(access)
+                remotes_view()
                 backends_view()
             with gr.Tab("Quantise", id="quantize", elem_id="sy-page-quantize"):
                 quantize_tab()

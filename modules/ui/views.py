@@ -38,6 +38,11 @@ def models_view() -> Any:
     return view("sy-models", "modelspage", "sy-models-view")
 
 
+def remotes_view() -> Any:
+    """Other servers as backends, over /ui-api/remotes."""
+    return view("sy-remotes", "remotes", "sy-remotes-view")
+
+
 def backends_view() -> Any:
     """Which backends are there, and what the others lack."""
     return view("sy-backends", "backends", "sy-backends-view")
