@@ -26,12 +26,17 @@ from modules.overlays import Overlays
 PLAIN = {"desc_act": False, "static_groups": False}
 
 
+def draws(arguments: argparse.Namespace) -> list[int]:
+    """Calibration windows of each draw: what quantising loses depends on them by chance, too."""
+    return [arguments.nsamples - 16 * number for number in range(arguments.draws)]
+
+
 def wanted_rows(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     grid = [(4, 128), (3, 128)] if arguments.quick else [(8, 128), (4, -1), (4, 128), (4, 32), (3, 128), (3, 32), (2, 32)]
     rows: list[dict[str, Any]] = []
     for bits, group in grid:
         shape = {"bits": bits, "group_size": group}
-        calibration = {"nsamples": arguments.nsamples, "seqlen": 512}
+        calibration = {"draws": draws(arguments), "seqlen": 512}
         rows.append({"label": "RTN", "method": "rtn"} | shape)
         rows.append({"label": "GPTQ, plain order", "method": "gptq"} | shape | calibration | PLAIN)
         rows.append({"label": "GPTQ", "method": "gptq"} | shape | calibration)
@@ -55,15 +60,16 @@ def with_gptqmodel(arguments: argparse.Namespace, folder: Path) -> list[dict[str
     """Checkpoints by GPTQModel at the settings of our plain rows."""
     rows = []
     for bits in (4, 3):
-        out = folder / f"gptqmodel-{bits}"
-        job = {
-            "engine": "gptqmodel", "base": str(arguments.model), "out": str(out), "calibration": "bundled", "bits": bits,
-            "nsamples": arguments.nsamples, "seqlen": 512, "group_size": 128, "sym": True, "desc_act": False, "damp": 0.01,
-            "threads": arguments.threads,
-        }  # fmt: skip
-        made = run(arguments.gptqmodel, "quantize_run.py", job, folder)
-        label = f"GPTQModel {made['version']}"
-        rows.append({"label": label, "method": "gptqmodel", "bits": bits, "group_size": 128, "made": str(out)})
+        made = []
+        for nsamples in draws(arguments):
+            made.append(str(folder / f"gptqmodel-{bits}-{nsamples}"))
+            job = {
+                "engine": "gptqmodel", "base": str(arguments.model), "out": made[-1], "calibration": "bundled", "bits": bits,
+                "nsamples": nsamples, "seqlen": 512, "group_size": 128, "sym": True, "desc_act": False, "damp": 0.01,
+                "threads": arguments.threads,
+            }  # fmt: skip
+            version = run(arguments.gptqmodel, "quantize_run.py", job, folder)["version"]
+        rows.append({"label": f"GPTQModel {version}", "method": "gptqmodel", "bits": bits, "group_size": 128, "made": made})
     return rows
 
 
@@ -79,7 +85,7 @@ def damages(rows: list[dict[str, Any]]) -> None:
 
 
 def rounded(row: dict[str, Any]) -> dict[str, Any]:
-    digits = {"size_mb": 2, "memory_mb": 1, "ppl": 4, "ppl_int4": 4, "tok_s": 0, "damage": 3, "ours_over_theirs": 4}
+    digits = {"size_mb": 2, "memory_mb": 1, "ppl": 4, "spread": 4, "ppl_int4": 4, "tok_s": 0, "damage": 3, "ours_over_theirs": 4}
     return {key: round(value, digits[key]) if key in digits and value is not None else value for key, value in row.items()}
 
 
@@ -90,6 +96,9 @@ def main() -> None:
     parser.add_argument("--characters", type=int, default=150_000, help="of the text")
     parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--nsamples", type=int, default=128)
+    parser.add_argument(
+        "--draws", type=int, default=1, help="quantise so often, with 16 windows fewer each time; means are shown"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--gptqmodel", type=Path, help="Python of an environment with GPTQModel, to compare with")
     parser.add_argument("--quick", action="store_true", help="4 and 3 bits in groups of 128 only")
@@ -111,7 +120,7 @@ def main() -> None:
             text=Path(arguments.text).name if arguments.text else "held-out dialogue",
             windows=result["windows"],
             torch=result["torch"],
-            calibration=f"bundled, {arguments.nsamples} windows of 512 tokens",
+            calibration=f"bundled, {' and '.join(map(str, draws(arguments)))} windows of 512 tokens",
             rows=[rounded(row) for row in result["rows"]],
         )
         print(json.dumps(figures["rows"], indent=1), file=sys.stderr)

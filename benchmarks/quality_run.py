@@ -3,15 +3,17 @@
 python benchmarks/quality_run.py JOB.json     prints one line: {"rows": [...], "windows": [n, length], "torch": version}
 
 JOB: base, text ("" for generated held-out dialogue), characters, context, rows ([{label, bits, group_size, method, ...settings},
-...]; "made" is the folder of a checkpoint that another program wrote), folder, threads.
+...]; "draws" counts the calibration windows of each draw, "made" are folders of checkpoints that another program wrote), folder, threads.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,17 +96,32 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     return {"rows": rows, "windows": list(windows.shape), "torch": torch.__version__}
 
 
-def one(wanted: dict[str, Any], job: dict[str, Any], windows: torch.Tensor, prompt: torch.Tensor) -> dict[str, Any]:
-    out = Path(wanted.get("made") or Path(job["folder"]) / "out")
-    row = {key: wanted[key] for key in ("label", "method", "bits", "group_size")}
-    if not wanted.get("made"):
-        settings = complete_settings({key: value for key, value in wanted.items() if key != "label"})
+def checkpoints(wanted: dict[str, Any], job: dict[str, Any]) -> Iterator[tuple[Path, float | None]]:
+    """(folder, seconds that quantising took) of each draw of calibration windows; the same folder again and again."""
+    for made in wanted.get("made") or ():
+        yield Path(made), None
+    for nsamples in () if wanted.get("made") else wanted.get("draws") or (1,):
+        settings = {key: value for key, value in wanted.items() if key not in ("label", "draws")} | {"nsamples": nsamples}
+        out = Path(job["folder"]) / "out"
         started = time.perf_counter()
-        _job.run(_job.Job(Path(job["base"]), out, settings, resume=False, overwrite=True), lambda event: None)
-        row["quantize_s"] = round(time.perf_counter() - started, 1)
-    row |= {"size_mb": size_mb(out), "ppl": perplexity(packed(out, "dense"), windows)}
-    model = packed(out, "int4")
-    return row | {"memory_mb": weights_mb(model), "ppl_int4": perplexity(model, windows), "tok_s": decode_tok_s(model, prompt)}
+        task = _job.Job(Path(job["base"]), out, complete_settings(settings), resume=False, overwrite=True)
+        _job.run(task, lambda event: None)
+        yield out, time.perf_counter() - started
+
+
+def one(wanted: dict[str, Any], job: dict[str, Any], windows: torch.Tensor, prompt: torch.Tensor) -> dict[str, Any]:
+    """A row: perplexities are means over its draws, `spread` their standard deviation."""
+    row = {key: wanted[key] for key in ("label", "method", "bits", "group_size")}
+    exact, int4 = [], []
+    for out, seconds in checkpoints(wanted, job):
+        exact.append(perplexity(packed(out, "dense"), windows))
+        model = packed(out, "int4")
+        int4.append(perplexity(model, windows))
+        row |= {"size_mb": size_mb(out), "memory_mb": weights_mb(model)}
+        row["tok_s"] = max(row.get("tok_s", 0.0), decode_tok_s(model, prompt))
+        if seconds is not None:
+            row["quantize_s"] = round(seconds, 1)
+    return row | {"ppl": statistics.mean(exact), "spread": statistics.pstdev(exact), "ppl_int4": statistics.mean(int4)}
 
 
 def main(path: str) -> None:

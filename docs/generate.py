@@ -151,7 +151,7 @@ def gptq() -> str:
             {"": "", -1: "column"}.get(row["group_size"], str(row["group_size"])),
             f"{row['size_mb']:.2f}",
             f"{row['memory_mb']:.1f}",
-            f"{row['ppl']:.4f}",
+            f"{row['ppl']:.4f}" + (f" ± {row['spread']:.4f}" if row.get("spread") else ""),
             "" if row.get("damage") is None else f"{row['damage']:.2f}",
             f"{row['ppl_int4']:.4f}" if "ppl_int4" in row else "",
             f"{row['tok_s']:.0f}",
