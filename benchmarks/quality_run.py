@@ -3,7 +3,8 @@
 python benchmarks/quality_run.py JOB.json     prints one line: {"rows": [...], "windows": [n, length], "torch": version}
 
 JOB: base, text ("" for generated held-out dialogue), characters, context, rows ([{label, bits, group_size, method, ...settings},
-...]; "draws" counts the calibration windows of each draw, "made" are folders of checkpoints that another program wrote), folder, threads.
+...]; "draws" counts the calibration windows of each draw, "made" are folders of checkpoints that another program wrote), folder,
+threads.
 """
 
 from __future__ import annotations
