@@ -171,6 +171,11 @@ def linear_fit(values: Sequence[float]) -> tuple[float, float]:
     return slope, 1 - rest / total if total else 0.0
 
 
+def _without_folders(argument: str) -> str:
+    """A path of this machine says nothing elsewhere but its name."""
+    return Path(argument).name if Path(argument).is_absolute() else argument
+
+
 @contextlib.contextmanager
 def report(name: str) -> Iterator[dict[str, Any]]:
     """Collect figures; at the end write benchmarks/results/NAME.json and print them."""
@@ -179,7 +184,7 @@ def report(name: str) -> Iterator[dict[str, Any]]:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     result = {
         "benchmark": name,
-        "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+        "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *map(_without_folders, sys.argv[1:])]),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "commit": commit.stdout.strip(),
         "hardware": hardware(),
