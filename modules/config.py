@@ -281,6 +281,7 @@ COMMANDS = {
         Command("keys", "modules.keys", "Make, list and revoke API keys."),
         Command("conformance", "modules.conformance.cli", "Try every protocol on every loader."),
         Command("doctor", "modules.doctor", "Check every loader: installed, importable, device, generation."),
+        Command("chats", "modules.chat.copying", "Copy all chats between a data folder and a database."),
         Command("convert", "modules.convert.cli", "Convert and quantise models."),
         Command("quantize", "modules.quantize.cli", "Make a GPTQ checkpoint of a model."),
         Command("evaluate", "modules.evaluate.cli", "Measure models: perplexity, speed, answers side by side, tasks."),

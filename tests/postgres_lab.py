@@ -51,7 +51,8 @@ def _other_user() -> str | None:
 class Postgres:
     """A running server. `database()` gives the URL of a new, empty database."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, durable: bool = False) -> None:
+        self._durable = durable
         folder_of_binaries = binaries()
         assert folder_of_binaries is not None
         self._binaries = folder_of_binaries
@@ -72,11 +73,12 @@ class Postgres:
         self.start()
 
     def start(self) -> None:
-        """Ready when it returns. What is committed survives a kill, not a power cut: no test checks PostgreSQL's disk."""
+        """Ready when it returns. Unless durable, what is committed survives a kill, not a power cut: no test checks its disk."""
         settings = {
-            "listen_addresses": "", "unix_socket_directories": str(self.folder), "fsync": "off",
-            "full_page_writes": "off", "max_connections": "60", "autovacuum": "off", "shared_buffers": "16MB",
+            "listen_addresses": "", "unix_socket_directories": str(self.folder), "max_connections": "60",
         }  # fmt: skip
+        if not self._durable:
+            settings |= {"fsync": "off", "full_page_writes": "off", "autovacuum": "off", "shared_buffers": "16MB"}
         command = [str(self._binaries / "postgres"), "-D", str(self.folder / "data")]
         for name, value in settings.items():
             command += ["-c", f"{name}={value}"]
@@ -123,12 +125,12 @@ class Postgres:
 
 
 @contextlib.contextmanager
-def running() -> Iterator[Postgres]:
+def running(durable: bool = False) -> Iterator[Postgres]:
     # Not pytest's own folder: another user can't enter that, and a socket's path must be short.
     folder = Path(tempfile.mkdtemp(prefix="pg-"))
     server = None
     try:
-        server = Postgres(folder)
+        server = Postgres(folder, durable)
         yield server
     finally:
         if server is not None:

@@ -39,6 +39,9 @@ class Database(Protocol):
     def count_change(self) -> int:
         """The next number of a counter that orders the list of conversations."""
 
+    def count_from(self, touched: int, seq: int) -> None:
+        """After a copy: let that counter, and the one of the nodes, go on after these."""
+
 
 class SqliteDatabase:
     """The caller has begun the transaction; while it writes, SQLite lets nobody else write."""
@@ -74,3 +77,7 @@ class SqliteDatabase:
         row = self.one("SELECT value FROM meta WHERE key = 'touched'")
         assert row is not None
         return int(row["value"])
+
+    def count_from(self, touched: int, seq: int) -> None:
+        """SQLite itself has counted the nodes."""
+        self.run("UPDATE meta SET value = :touched WHERE key = 'touched'", touched=str(touched))

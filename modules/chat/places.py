@@ -12,8 +12,9 @@ if TYPE_CHECKING:
     from modules.chat.store_sql import SqlChatStore
 
 
-def open_place(place: str | Path, folder: Path) -> SqlChatStore:
-    """The store of a place, not opened yet. `folder` is this server's data folder. Raises ConfigError for what is no place."""
+def open_place(place: str | Path, folder: Path | None) -> SqlChatStore:
+    """The store of a place, not opened yet. `folder` is this server's data folder, None for a command that is no server.
+    Raises ConfigError for what is no place."""
     if isinstance(place, Path):
         from modules.chat.store_sqlite import SqliteChatStore
 

@@ -97,6 +97,10 @@ class PostgresDatabase:
         assert row is not None
         return int(row["number"])
 
+    def count_from(self, touched: int, seq: int) -> None:
+        self.one("SELECT setval('touched', :number)", number=max(1, touched))
+        self.one("SELECT setval(pg_get_serial_sequence('nodes', 'seq'), :number)", number=max(1, seq))
+
 
 def _storable(values: dict[str, Any]) -> dict[str, Any]:
     """PostgreSQL's text has no NUL, and a model may write one."""
@@ -107,7 +111,9 @@ class PostgresSearch(Search):
     """Texts case folded as Python folds them, whatever the database's locale; found by LIKE, with pg_trgm's index where it is."""
 
     def prepare(self, db: Database) -> None:
-        self.add(db, [row["id"] for row in db.all("SELECT id FROM nodes WHERE indexed = 0 AND status <> 'generating'")])
+        unindexed = "SELECT id FROM nodes WHERE indexed = 0 AND status <> 'generating' LIMIT 500"
+        while rows := db.all(unindexed):
+            self.add(db, [row["id"] for row in rows])
 
     def add(self, db: Database, nodes: Sequence[str]) -> None:
         found = db.pick("SELECT id, seq, text, status FROM nodes", nodes)

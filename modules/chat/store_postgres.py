@@ -7,8 +7,9 @@ notified to the other servers. Where the connection breaks, a transaction that c
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, TypeVar
 
@@ -21,7 +22,7 @@ from modules.chat.schema_sql import POSTGRESQL_MIGRATIONS, Migration
 from modules.chat.store_actions import Actions
 from modules.chat.store_files import DataDirLock
 from modules.chat.store_sql import SqlChatStore, cut_off
-from modules.errors import StorageError, StorageUnreachable
+from modules.errors import StorageError, StorageUnreachable, StoreLocked
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -35,15 +36,16 @@ TRIES = 8
 
 
 class PostgresChatStore(SqlChatStore):
-    """`folder` is this server's own data folder (settings, logs), which stays one server's; the chats are in the database."""
+    """`folder` is this server's own data folder (settings, logs), which stays one server's; the chats are in the database.
+    None: no server, a command that uses the database only."""
 
-    def __init__(self, url: str, folder: Path, *, migrations: tuple[Migration, ...] = POSTGRESQL_MIGRATIONS) -> None:
+    def __init__(self, url: str, folder: Path | None, *, migrations: tuple[Migration, ...] = POSTGRESQL_MIGRATIONS) -> None:
         self.notices: list[Notice] = []
         self.memory_only = None
         self._engine = postgres.connect_engine(postgres.parse_url(url))
         self._reader = self._engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         self._migrations = migrations
-        self._lock = DataDirLock(folder)
+        self._lock = DataDirLock(folder) if folder is not None else None
         self._search = postgres.PostgresSearch()
         self._threads = ThreadPoolExecutor(max_workers=postgres.CONNECTIONS, thread_name_prefix="chat-store")
         self._presence: Presence | None = None
@@ -69,7 +71,8 @@ class PostgresChatStore(SqlChatStore):
         return None
 
     def _open(self) -> list[Notice]:
-        self._lock.acquire()
+        if self._lock is not None:
+            self._lock.acquire()
         try:
             postgres.migrate(self._engine, self._migrations)
             slow = postgres.index_trigrams(self._engine)
@@ -94,7 +97,8 @@ class PostgresChatStore(SqlChatStore):
             self._presence.close()
             self._presence = None
         self._engine.dispose()
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     # -- the others
 
@@ -154,8 +158,24 @@ class PostgresChatStore(SqlChatStore):
     async def _write_once(self, action: Callable[[Actions], T]) -> T:
         return await self._in_thread(lambda: self._trying(lambda: self._transact(action), repeat_commit=False))
 
-    def _index(self) -> postgres.PostgresSearch:
+    def search_index(self) -> postgres.PostgresSearch:
         return self._search
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[Database]:
+        try:
+            with self._engine.execution_options(isolation_level="REPEATABLE READ").begin() as connection:
+                db = postgres.PostgresDatabase(connection)
+                self._refuse_others(db)
+                yield db
+                self._refuse_others(db)
+        except DBAPIError as error:
+            raise postgres.storage_error(error) from None
+
+    def _refuse_others(self, db: Database) -> None:
+        others = postgres.living(db) - {int(self._owner[:-1])}
+        if others:
+            raise StoreLocked(f"{len(others)} servers use the database.", hint="Stop them first.")
 
     def _transact(self, action: Callable[[Actions], T]) -> T:
         with self._engine.connect() as connection:

@@ -10,6 +10,8 @@ from modules.chat import store_tree
 from modules.chat.store import Change, ChatStore, NewConversation, Node, Notice, Snapshot, Status, Summary
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from modules.chat.database import Database
     from modules.chat.store_actions import Actions
     from modules.chat.store_search import Search
@@ -33,12 +35,16 @@ class SqlChatStore(ChatStore):
         return await self._write(action)
 
     @abstractmethod
-    def _index(self) -> Search: ...
+    def search_index(self) -> Search: ...
+
+    @abstractmethod
+    def alone(self) -> AbstractContextManager[Database]:
+        """One transaction on the whole store, in the caller's thread. Raises StoreLocked while another server uses the store."""
 
     # -- reading
 
     async def conversations(self, query: str = "", trashed: bool = False, limit: int = 1000) -> list[Summary]:
-        return await self._read(lambda db: self._index().find(db, query, trashed, limit))
+        return await self._read(lambda db: self.search_index().find(db, query, trashed, limit))
 
     async def snapshot(self, conversation: str) -> Snapshot:
         return await self._read(lambda db: store_tree.snapshot(db, conversation))

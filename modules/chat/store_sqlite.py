@@ -207,9 +207,18 @@ class SqliteChatStore(SqlChatStore):
         assert self._connection is not None and self._search is not None
         return self._connection, self._search
 
-    def _index(self) -> SqliteSearch:
+    def search_index(self) -> SqliteSearch:
         assert self._search is not None
         return self._search
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[Database]:
+        connection, _ = self._ready()
+        try:
+            with _transaction(connection):
+                yield SqliteDatabase(connection)
+        except sqlite3.Error as error:
+            raise self._failed(error) from error
 
     # -- a disk that takes nothing any more
 

@@ -22,6 +22,7 @@ from modules.settings import Settings
 from .fake_engine import SPEC, Environment, FakeHost, FakeLibrary, settle, until
 
 if TYPE_CHECKING:
+    from modules.chat.store import ChatStore
     from modules.residents import Resident
 
 WHOLE = "a0 a1 a2 "
@@ -30,7 +31,7 @@ TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% i
 
 @dataclass
 class Parts:
-    store: SqliteChatStore
+    store: ChatStore
     runs: Runs
     settings: Settings
     templates: TemplateRenderer
@@ -50,7 +51,7 @@ class Slow(asyncio.Event):
 
 
 class Rig:
-    def __init__(self, folder: Path, templates: TemplateRenderer) -> None:
+    def __init__(self, folder: Path, templates: TemplateRenderer, store: ChatStore | None = None) -> None:
         self.host = FakeHost()
         self.host.context = 0
         self.host.gate = Slow()
@@ -60,7 +61,7 @@ class Rig:
             FakeLibrary("a"), {"fake": SPEC}, Environment(), self.events, self.host.start, available=lambda: 1 << 40
         )
         self.runs = Runs(self.manager)
-        self.store = SqliteChatStore(folder)
+        self.store: Any = store or SqliteChatStore(folder)
         self.parts = Parts(self.store, self.runs, Settings(folder / "settings.yaml"), templates, self.events)
         self.chat = ChatService(self.parts, checkpoint_s=0.05)
         self.number = 0
