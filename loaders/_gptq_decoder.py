@@ -180,7 +180,7 @@ class DecoderRunner(HfRunner):
     def _new_prefix(self) -> _Prefix:
         return _Prefix(Decoder(self.model, self.info.context_length))
 
-    def forward(self, prefix: Any, ids: list[int], keep: int) -> Any:
+    def forward(self, prefix: Any, ids: list[int], keep: int, images: Any = None) -> Any:
         with torch.inference_mode():
             logits = prefix.decoder.step(ids, keep)
             prefix.ids.extend(ids)

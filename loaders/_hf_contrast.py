@@ -28,11 +28,13 @@ _LOST = dict.fromkeys(CHOOSERS - {"top_k"} | {"temperature"}, _PICKS) | dict.fro
 )
 
 
-def settings(sampler: dict[str, Any]) -> tuple[tuple[float, int] | None, dict[str, Any], dict[str, str]]:
+def settings(sampler: dict[str, Any], *, images: bool = False) -> tuple[tuple[float, int] | None, dict[str, Any], dict[str, str]]:
     """((alpha, k) or None for another way to pick, the parameters for `SamplerChain`, what is ignored and why)."""
     on = table.active(sampler)
     if "penalty_alpha" not in on:
         return None, sampler, {}
+    if images:
+        return None, sampler, {"penalty_alpha": "Contrastive search reads no images."}
     count = min(int(on.get("top_k", 0)), MOST_CANDIDATES)
     if count < 2:
         return None, sampler, {"penalty_alpha": "Contrastive search needs a top_k of 2 or more."}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -13,6 +12,7 @@ from loaders import _hf_compat, _process
 from loaders._hf_contrast import ContrastiveSearch, settings
 from loaders._hf_load import Loaded, is_out_of_memory
 from loaders._hf_modes import Guidance, PromptLookup
+from loaders._hf_prefix import PrefixCache
 from loaders._logits import guidance_of, negative_ids
 from modules import sampling as table
 from modules.assemble import TokenAssembler
@@ -23,56 +23,12 @@ from modules.samplers import SamplerChain, SequenceBreakers, token_logprob
 from modules.schema import Done, Event, GenerationRequest, PrefillProgress, Timings, TokenEvent, TokenLogprob, Usage
 
 if TYPE_CHECKING:
+    from loaders._hf_vision import Seen
     from modules.engine import CancelToken
 
 MODES = frozenset({"guidance_scale", "negative_prompt", "prompt_lookup_num_tokens"})
 _SHORTER = "Shorten the prompt, or load the model with a larger context."
 Mode = Guidance | PromptLookup | ContrastiveSearch
-
-
-class PrefixCache:
-    """The KV cache of the last request and the ids it holds, so that the next turn computes only what is new."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = model
-        self.cache: Any = None
-        self.ids: list[int] = []
-
-    def reuse(self, prompt: Sequence[int]) -> int:
-        """Cut the cache down to what it shares with `prompt`; the number of tokens that need not be computed again.
-
-        At least the last token is left over: its logits are needed.
-        """
-        shared = 0
-        limit = min(len(self.ids), len(prompt) - 1)
-        while shared < limit and self.ids[shared] == prompt[shared]:
-            shared += 1
-        if self.cache is None or shared == 0 or not self.cut(shared):
-            self.reset()
-            return 0
-        return shared
-
-    def can_cut(self) -> bool:
-        """Whether `cut` works for this model's cache."""
-        return self.cache is not None and _hf_compat.can_crop(self.cache)
-
-    def cut(self, length: int) -> bool:
-        """Forget what is behind the first `length` tokens; False where that is not possible."""
-        surplus = len(self.ids) - length
-        if surplus:
-            if not _hf_compat.can_crop(self.cache):
-                return False
-            try:
-                self.cache.crop(-surplus)
-            except (RuntimeError, ValueError) as error:
-                print(f"prefix cache: {error}", file=sys.stderr)
-                return False
-            del self.ids[length:]
-        return True
-
-    def reset(self) -> None:
-        self.cache = _hf_compat.new_cache(self._model)
-        self.ids = []
 
 
 class HfRunner:
@@ -87,6 +43,8 @@ class HfRunner:
         self._on_cpu = loaded.input_device.type == "cpu"
         self.text = loaded.text
         self.info = loaded.info
+        self._vision = loaded.vision
+        self._images = ""  # which images the prefix holds
         self._eos_ids = loaded.eos_ids
         self.chunk = prefill_chunk
         self._prefix: Any = self._new_prefix()
@@ -116,7 +74,15 @@ class HfRunner:
 
     def prompt_ids(self, request: GenerationRequest) -> list[int]:
         """The request's prompt as ids, checked against the context and the vocabulary. An empty prompt is BOS, or EOS."""
-        if request.token_ids is not None:
+        return self._inputs(request)[0]
+
+    def _inputs(self, request: GenerationRequest) -> tuple[list[int], Seen | None]:
+        """(the prompt's ids, its images as the model takes them)."""
+        seen = None
+        if request.images and self._vision is not None:
+            seen = self._vision.read(request.prompt or "", request.images, add_special=request.add_special)
+            ids = seen.ids
+        elif request.token_ids is not None:
             ids = list(request.token_ids)
             if any(not 0 <= i < self.info.vocab_size for i in ids):
                 raise InvalidParameter(f"A token id is outside the vocabulary of {self.info.vocab_size}.", param="prompt")
@@ -127,24 +93,24 @@ class HfRunner:
             raise ContextLengthExceeded(
                 f"The prompt has {len(ids)} tokens; this model's context holds {self.info.context_length}.", hint=_SHORTER
             )
-        return ids
+        return ids, seen
 
     def generate(
         self, request: GenerationRequest, cancel: CancelToken, sampler: dict[str, Any], ignored: dict[str, str]
     ) -> Iterator[Event | None]:
         started = time.perf_counter()
-        ids = self.prompt_ids(request)
+        ids, seen = self._inputs(request)
         constraint = self._grammars.constraint(request)
         assembler = self.assembler(request, ids, constraint)
-        contrast, parameters, lost = settings(sampler)
+        contrast, parameters, lost = settings(sampler, images=seen is not None)
         chain = self._chain(parameters, ids, assembler, constraint)
         mode: Mode | None = ContrastiveSearch(self, *contrast) if contrast else None
-        cached = self._prefix.reuse(ids) if mode is None else 0
+        cached = self._reuse(ids, seen) if mode is None else 0
         ignored = ignored | lost
         first = last = 0.0
         try:
             logits = None
-            for read, rows in self._read(mode, ids, cached, cancel):
+            for read, rows in self._read(mode, ids, cached, cancel, seen):
                 logits = rows
                 yield PrefillProgress(request.request_id, read, len(ids))
             if logits is not None and bool(logits.isnan().any()):  # greedy would take the NaN for the largest
@@ -201,10 +167,32 @@ class HfRunner:
             applied |= {name: sampler[name] for name in MODES & table.active(sampler).keys() - done.ignored.keys()}
         return replace(done, applied=applied)
 
-    def _read(self, mode: Mode | None, ids: list[int], cached: int, cancel: CancelToken) -> Iterator[tuple[int, Any]]:
+    def _reuse(self, ids: list[int], seen: Seen | None) -> int:
+        """Cut the prefix cache down to what it shares with this prompt. The same marks may stand for other images, and a
+        prompt with new images is read in one piece."""
+        key = seen.key if seen is not None else ""
+        if key != self._images:
+            self._prefix.reset()
+            self._images = key
+            for part in (self.model, getattr(self.model, "model", None)):
+                if hasattr(part, "rope_deltas"):  # where text goes on after images: a memory of the model's own
+                    part.rope_deltas = None
+        cached = int(self._prefix.reuse(ids))
+        if seen is not None and cached < seen.end:
+            self._prefix.reset()
+            return 0
+        return cached
+
+    def _read(
+        self, mode: Mode | None, ids: list[int], cached: int, cancel: CancelToken, seen: Seen | None
+    ) -> Iterator[tuple[int, Any]]:
         if isinstance(mode, ContrastiveSearch):
-            return mode.prefill(ids, self.chunk, cancel)
-        return self._prefill(ids, cached, cancel)
+            yield from mode.prefill(ids, self.chunk, cancel)
+            return
+        if seen is not None and cached == 0 and not cancel.cancelled:
+            yield len(ids), self.forward(self._prefix, ids, 1, seen.tensors)
+            return
+        yield from self._prefill(ids, cached, cancel)
 
     def _mode(
         self, sampler: dict[str, Any], ids: list[int], answer: int, ignored: dict[str, str]
@@ -245,21 +233,24 @@ class HfRunner:
     def prefix(self) -> PrefixCache:
         return self._prefix
 
-    def forward(self, prefix: PrefixCache, ids: list[int], keep: int) -> Any:
-        """One forward pass over the next `ids`; the logits of the last `keep` positions: [vocab] for 1, else [keep, vocab]."""
+    def forward(self, prefix: PrefixCache, ids: list[int], keep: int, images: dict[str, Any] | None = None) -> Any:
+        """One forward pass over the next `ids`; the logits of the last `keep` positions: [vocab] for 1, else [keep, vocab].
+        `images` are the tensors of those that `ids` has marks for."""
         if prefix.cache is None:
             prefix.reset()
-        logits = self.run_model([ids], prefix.cache, keep)[0]
+        logits = self.run_model([ids], prefix.cache, keep, images)[0]
         prefix.ids.extend(ids)
         return logits[-1] if keep == 1 else logits[-keep:]
 
-    def run_model(self, rows: list[list[int]], cache: Any, keep: int) -> Any:
+    def run_model(self, rows: list[list[int]], cache: Any, keep: int, images: dict[str, Any] | None = None) -> Any:
         """Logits [rows, at least `keep`, vocab] of the last positions of `rows` of equal length, which follow `cache`."""
         torch = self._torch
         with torch.inference_mode():
             tokens = torch.tensor(rows) if self._on_cpu else torch.tensor(rows, device=self.device)
-            fewer = {"logits_to_keep": keep} if self._keeps else {}
-            return self.model(input_ids=tokens, past_key_values=cache, use_cache=True, **fewer).logits
+            more: dict[str, Any] = {"logits_to_keep": keep} if self._keeps else {}
+            for name, value in (images or {}).items():
+                more[name] = value.to(self.device, self.model.dtype if value.is_floating_point() else None)
+            return self.model(input_ids=tokens, past_key_values=cache, use_cache=True, **more).logits
 
     def _pick(
         self, chain: SamplerChain, logits: Any, logprobs: int | None, ban_ends: bool, mode: Mode | None

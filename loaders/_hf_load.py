@@ -6,12 +6,13 @@ import json
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loaders._estimate import FLOAT32_SHARE
 from loaders._hf_text import TextCodec
+from loaders._hf_vision import Vision, open_vision
 from modules.detect.config_keys import CONFIG_FILES, refuse_code
 from modules.errors import (
     AppError,
@@ -45,6 +46,7 @@ class Loaded:
     info: ModelInfo
     input_device: Any
     eos_ids: frozenset[int]
+    vision: Vision | None = None
 
 
 def load(path: str, options: dict[str, Any], progress: Progress) -> Loaded:
@@ -64,12 +66,13 @@ def load(path: str, options: dict[str, Any], progress: Progress) -> Loaded:
     progress(LoadProgress("Reading the tokenizer"))
     with _typed_errors(config_json, "The tokenizer can't be read"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    vision, blind = open_vision(path, config)
     with _typed_errors(config_json):
         arguments = native_options(options, folder, config, torch)
         progress(LoadProgress("Reading weights", 0.0))
         previous = transformers.utils.logging.set_tqdm_hook(_progress_hook(progress))
         try:
-            model, report = transformers.AutoModelForCausalLM.from_pretrained(
+            model, report = model_class(transformers, vision).from_pretrained(
                 path,
                 config=config,
                 trust_remote_code=False,
@@ -92,8 +95,15 @@ def load(path: str, options: dict[str, Any], progress: Progress) -> Loaded:
             f"{type(model).__name__} keeps its state in a form this loader does not run.",
             hint="Use its GGUF form with llama.cpp, or its .pth with RWKV.",
         )
+    notes += [blind] if blind else []
     info = _describe(path, options, model, tokenizer, config, eos_ids, tuple(notes), torch)
-    return Loaded(model, text, info, input_device, eos_ids)
+    info = replace(info, image_token=vision.token if vision else None)
+    return Loaded(model, text, info, input_device, eos_ids, vision)
+
+
+def model_class(transformers: Any, vision: Vision | None) -> Any:
+    """The class that reads images too, where the model has a processor for them."""
+    return transformers.AutoModelForCausalLM if vision is None else transformers.AutoModelForImageTextToText
 
 
 # --- checks before any library reads the files -----------------------------------------------------------------

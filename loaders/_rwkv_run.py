@@ -55,7 +55,7 @@ class RwkvRunner(HfRunner):
                 self._states.keep(place=False)
             yield position, logits if position == len(ids) else None
 
-    def forward(self, prefix: Any, ids: list[int], keep: int) -> Any:
+    def forward(self, prefix: Any, ids: list[int], keep: int, images: Any = None) -> Any:
         """Read the next `ids`; the logits of the last `keep` positions: [vocab] for 1, else [keep, vocab]."""
         with self._torch.inference_mode():
             logits, prefix.state = self.model.forward(ids, prefix.state, keep > 1)

@@ -91,11 +91,14 @@ SPEC = LoaderSpec(
         THREADS,
         prefill_chunk(512),
     ),
-    features=frozenset({"logprobs", "echo", "lora", "score", "embeddings", "grammar", "json_schema", "regex"}),
+    features=frozenset({"logprobs", "echo", "lora", "score", "embeddings", "grammar", "json_schema", "regex", "vision"}),
     overlay="transformers",
     probe=("torch", "transformers", "accelerate", "safetensors"),
     devices=("cpu", "cuda", "mps"),
-    notes=("Beam search gives its text in one piece at the end.",),
+    notes=(
+        "Models with a vision part read images.",
+        "Beam search gives its text in one piece at the end.",
+    ),
 )
 
 EFFICIENCY = 0.7
@@ -178,6 +181,8 @@ class TransformersEngine(LogitsEngine):
         if "sampler" in native:
             yield from self.runner.generate(request, cancel, native["sampler"], native["ignored"])
             return
+        if request.images:
+            raise UnsupportedParameter("Beam search reads no images.", hint="Leave num_beams out.", param="num_beams")
         if request.grammar is not None or request.json_schema is not None or request.regex is not None:
             raise UnsupportedParameter("Beam search can't be held to a form.", hint="Leave num_beams out.", param="num_beams")
         from loaders._hf_beams import beam_search

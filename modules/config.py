@@ -99,6 +99,9 @@ class Config:
         choices=("off", "ask", "on"),
     )
     load_anyway: bool = _option(False, "Load models that the planner finds too large for this machine.", "Models")
+    fetch_images: bool = _option(
+        False, "Fetch images that a request names by http(s) URL, from public addresses only. Off: data: URLs only.", "Models"
+    )
     strict_parameters: bool = _option(False, "Refuse a request with a parameter the backend can't honour.", "Models")
 
     # Scale-out

@@ -3,7 +3,7 @@
     AppError
      ├ ConfigError
      ├ RequestError
-     │  ├ InvalidParameter · UnsupportedParameter · NotSupported · InvalidJson · InvalidUnicode · InvalidGrammar
+     │  ├ InvalidParameter · UnsupportedParameter · NotSupported · InvalidJson · InvalidUnicode · InvalidGrammar · InvalidImage
      │  ├ ContextLengthExceeded · ModelNotFound · NoModelLoaded · TemplateError · NotFound · MethodNotAllowed
      │  └ BodyTooLarge · UnsupportedMediaType · Unauthorized · Forbidden · Conflict · TooManyRequests
      │  · RequestTimeout · Overloaded
@@ -86,6 +86,12 @@ class InvalidUnicode(RequestError):
 
 class InvalidGrammar(RequestError):
     code = "invalid_grammar"
+
+
+class InvalidImage(RequestError):
+    """`detail["reason"]`: broken, type, bytes, pixels, animated, count or url."""
+
+    code = "invalid_image"
 
 
 class ContextLengthExceeded(RequestError):

@@ -57,7 +57,8 @@ class GenerationRequest:
     `add_special` lets the tokenizer add BOS: true for raw prompts, false for text a chat template rendered.
     `logprobs` is the number of alternatives per token (0: only the chosen one), None for none.
     `echo` asks for the prompt's own tokens (and log-probabilities) before the generated ones.
-    At most one of `grammar` (GBNF), `json_schema` and `regex` is set.
+    At most one of `grammar` (GBNF), `json_schema` and `regex` is set. `images` are files in base64, in the order in which the
+    prompt names them by the model's `image_token`.
     """
 
     request_id: str
@@ -72,6 +73,7 @@ class GenerationRequest:
     json_schema: dict[str, Any] | None = None
     regex: str | None = None
     chat: ChatInput | None = None
+    images: tuple[str, ...] = ()
 
 
 # --- events ----------------------------------------------------------------------------------------------------
@@ -182,6 +184,7 @@ class ModelFiles:
     base_model: str | None = None
     license: str | None = None
     bundled: bool = False
+    vision: bool = False
     files: tuple[str, ...] = ()
     problem: str | None = None
 
@@ -190,7 +193,8 @@ class ModelFiles:
 class ModelInfo:
     """What a loaded engine reports. `device_map` maps a device to the share of the weights on it. `slots` is how many generations
     it runs at once where that depends on its options; 0: as its loader says. `lacks` are features and samplers of its loader that
-    this one model does without (a remote server that offers less); "tokenizer" among them: it has none that can be asked."""
+    this one model does without (a remote server that offers less); "tokenizer" among them: it has none that can be asked.
+    `image_token` stands for an image in a prompt; None: the model reads no images."""
 
     name: str
     path: str
@@ -211,6 +215,7 @@ class ModelInfo:
     notes: tuple[str, ...] = ()
     slots: int = 0
     lacks: tuple[str, ...] = ()
+    image_token: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,7 +245,7 @@ class LoaderSpec:
     (`modules.overlays`), or None for the parent's own. `probe` are the modules that must import in the overlay.
     `samplers` are the names in `modules.sampling.PARAMETERS` that it honours.
     `features` are the optional parts of the interface: logprobs, echo, grammar, json_schema, regex, lora, embeddings, score,
-    messages (it takes conversations as they are and renders them itself).
+    vision (of models that see), messages (it takes conversations as they are and renders them itself).
     `slots` is how many generations one worker runs at once; the others wait in its queue. `builtin` are models that need no
     file.
     """

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from modules.api.openai_models import check_stops, toolset_of
 from modules.api.turn import Turn, split_extras
 from modules.errors import InvalidParameter, UnsupportedParameter
+from modules.image_urls import image_source
+from modules.images import from_base64
 from modules.schema import StopParams
 from modules.structured import check_schema
 
@@ -120,7 +122,7 @@ def _add(messages: list[dict[str, Any]], message: Message, param: str) -> None:
         return
     if len(message.content) > MAX_BLOCKS:
         raise InvalidParameter(f"A message may hold at most {MAX_BLOCKS} blocks.", param=f"{param}.content")
-    texts: list[str] = []
+    parts: list[dict[str, Any]] = []
     thoughts: list[str] = []
     calls: list[dict[str, Any]] = []
     for number, block in enumerate(message.content):
@@ -131,11 +133,15 @@ def _add(messages: list[dict[str, Any]], message: Message, param: str) -> None:
             calls.append(_call(block, where))
         elif kind == "thinking" and message.role == "assistant":
             thoughts.append(str(block.get("thinking") or ""))
+        elif kind == "image" and message.role == "user":
+            parts.append({"type": "image", "image": _image(block, where)})
         elif kind != "redacted_thinking":
-            texts.append(_block_text(block, where))
-    if message.role == "user" and not texts:
+            parts.append({"type": "text", "text": _block_text(block, where)})
+    if message.role == "user" and not parts:
         return
-    entry: dict[str, Any] = {"role": message.role, "content": "".join(texts)}
+    entry: dict[str, Any] = {"role": message.role, "content": "".join(p["text"] for p in parts if p["type"] == "text")}
+    if any(part["type"] == "image" for part in parts):
+        entry["parts"] = parts
     if calls:
         entry["tool_calls"] = calls
     if thoughts:
@@ -147,10 +153,23 @@ def _append(messages: list[dict[str, Any]], entry: dict[str, Any]) -> None:
     """Messages of one side in a row are one turn, as Anthropic reads them; many templates allow no other."""
     last = messages[-1] if messages else {}
     if last.get("role") == entry["role"] and not last.get("tool_calls"):
+        if "parts" in last or "parts" in entry:
+            both = (message.get("parts") or [{"type": "text", "text": message["content"]}] for message in (last, entry))
+            last["parts"] = [part for parts in both for part in parts]
         last["content"] = "\n\n".join(text for text in (last["content"], entry["content"]) if text)
-        last.update({key: value for key, value in entry.items() if key not in ("role", "content")})
+        last.update({key: value for key, value in entry.items() if key not in ("role", "content", "parts")})
     else:
         messages.append(entry)
+
+
+def _image(block: dict[str, Any], param: str) -> str:
+    source = block.get("source")
+    kind = source.get("type") if isinstance(source, dict) else None
+    if kind == "base64" and isinstance(source, dict) and isinstance(source.get("data"), str):
+        return from_base64(source["data"], f"{param}.source.data")
+    if kind == "url" and isinstance(source, dict) and isinstance(source.get("url"), str):
+        return image_source(source["url"], f"{param}.source.url")
+    raise InvalidParameter("An image needs its source: base64 with data, or url.", param=f"{param}.source")
 
 
 def _result(block: dict[str, Any], param: str) -> dict[str, Any]:
@@ -187,7 +206,7 @@ def _block_text(block: dict[str, Any], param: str) -> str:
         title = block.get("title")
         return f"<document{f' title={json.dumps(title)}' if isinstance(title, str) else ''}>\n{source['data']}\n</document>\n"
     if kind in ("image", "document", "search_result", "file"):
-        raise UnsupportedParameter("Images, files and search results can't be read by this model.", param=param)
+        raise UnsupportedParameter("Files, search results and images outside a user's message are not read.", param=param)
     if kind == "text":
         raise InvalidParameter("A text block needs its text.", param=f"{param}.text")
     raise InvalidParameter("There is no such content block here.", param=f"{param}.type")

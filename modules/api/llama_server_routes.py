@@ -160,7 +160,7 @@ def _add_information(router: APIRouter, services: Services) -> None:
                 "total_slots": services.specs[active.loader].slots,
                 "model_alias": active.model.id,
                 "model_path": active.model.id,
-                "modalities": {"vision": False, "audio": False},
+                "modalities": {"vision": info.image_token is not None, "audio": False},
                 "chat_template": services.chat_template(active) or "",
                 "bos_token": info.bos_token or "",
                 "eos_token": info.eos_token or "",

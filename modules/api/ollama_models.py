@@ -15,6 +15,7 @@ from modules.api.openai_models import check_stops, toolset_of
 from modules.api.openai_turns import thinking_variables
 from modules.api.turn import Turn, tool_arguments
 from modules.errors import InvalidParameter, ModelNotFound, UnsupportedParameter
+from modules.images import from_base64
 from modules.schema import StopParams
 from modules.structured import check_schema
 
@@ -133,12 +134,13 @@ def generate_turn(body: GenerateRequest, *, strict: bool) -> Turn:
         raise UnsupportedParameter(
             "template is set by the server's operator.", hint='Send "raw": true instead.', param="template"
         )
-    _no_images(body.images, "images")
+    if body.images and (body.raw or body.suffix):
+        raise UnsupportedParameter("Images need the model's template.", hint='Leave "raw" out.', param="images")
     if body.raw or body.suffix:
         turn.prompt, turn.suffix = body.prompt or "", body.suffix or None
         return turn
     system = [{"role": "system", "content": body.system}] if body.system else []
-    turn.messages = [*system, {"role": "user", "content": body.prompt or ""}]
+    turn.messages = [*system, {"role": "user", **_content(body.prompt or "", body.images, "images")}]
     return turn
 
 
@@ -175,8 +177,9 @@ def _schema(given: Any) -> dict[str, Any]:
 def _message(message: Message, param: str) -> dict[str, Any]:
     if message.role not in _ROLES:
         raise InvalidParameter("role must be system, user, assistant or tool.", param=f"{param}.role")
-    _no_images(message.images, f"{param}.images")
-    entry: dict[str, Any] = {"role": message.role, "content": message.content or ""}
+    if message.images and message.role != "user":
+        raise UnsupportedParameter("Images are read in messages of the user.", param=f"{param}.images")
+    entry: dict[str, Any] = {"role": message.role, **_content(message.content or "", message.images, f"{param}.images")}
     if message.thinking and message.role == "assistant":
         entry["reasoning_content"] = message.thinking
     if message.tool_calls:
@@ -196,9 +199,14 @@ def _call(call: dict[str, Any], param: str) -> dict[str, Any]:
     return {"id": str(call.get("id") or ""), "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
-def _no_images(images: list[str] | None, param: str) -> None:
-    if images:
-        raise UnsupportedParameter("Images can't be read by this model.", param=param)
+def _content(text: str, images: list[str] | None, param: str) -> dict[str, Any]:
+    """Ollama's images are base64 and come before the words."""
+    if not images:
+        return {"content": text}
+    parts: list[dict[str, Any]] = [
+        {"type": "image", "image": from_base64(image, f"{param}.{index}")} for index, image in enumerate(images)
+    ]
+    return {"content": text, "parts": [*parts, {"type": "text", "text": text}]}
 
 
 def seconds_of(keep_alive: float | str | None) -> float | None:

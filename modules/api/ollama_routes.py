@@ -18,6 +18,7 @@ from modules.api.dialects import error_body
 from modules.api.embeddings import vectors_of
 from modules.api.job import Finish, Job, Reasoning, Text, ToolCallStart, prompt_tokens, render_prompt, respond
 from modules.api.openai_models import parse, schema_of
+from modules.chat.vision import sees
 from modules.errors import AppError, NotSupported
 from modules.reasoning import marks_of
 from modules.schema import features_of
@@ -296,6 +297,8 @@ def _shown(services: Services, name: str) -> dict[str, Any]:
         capabilities.append("thinking")
     if resident is not None and "embeddings" in features_of(services.specs[resident.loader], resident.info):
         capabilities.append("embedding")
+    if sees(model, resident):
+        capabilities.append("vision")
     return {
         "modelfile": f"# This model is kept by Switchyard, not by a Modelfile.\nFROM {name}\n",
         "parameters": "",

@@ -14,11 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from modules import sampling
 from modules.api.turn import shown, split_extras, tool_arguments
 from modules.errors import InvalidParameter, UnsupportedParameter
+from modules.image_urls import image_source
 from modules.structured import check_schema
 from modules.tools.types import Function, Toolset
 
 MAX_STOPS, MAX_STOP_CHARS = 64, 256
 MAX_FUNCTIONS = 128
+_IMAGES = ("image_url", "input_image")
 ModelT = TypeVar("ModelT", bound=BaseModel)
 MaxTokens = Annotated[int, Field(ge=1, le=2**31 - 1)]
 
@@ -174,7 +176,7 @@ def messages_of(request: ChatRequest) -> list[dict[str, Any]]:
             raise InvalidParameter("A message needs content.", param=f"{param}.content")
         if message.name is not None and re.search(r"[\x00-\x1f\x7f]", message.name):
             raise InvalidParameter("A name holds a control character.", param=f"{param}.name")
-        entry: dict[str, Any] = {"role": role, "content": text_of(message.content, f"{param}.content")}
+        entry: dict[str, Any] = {"role": role, **content_of(message.content, f"{param}.content", images=role == "user")}
         if message.name:
             entry["name"] = message.name
         if message.tool_calls:
@@ -241,6 +243,24 @@ def _function_of(tool: Any, param: str) -> Function:
     return Function(name, description or "", schema, bool(function.get("strict")))
 
 
+def content_of(content: Any, param: str, *, images: bool = True) -> dict[str, Any]:
+    """{"content"} of a message as text, and {"parts"} where it holds images. Raises as `text_of`, and InvalidImage."""
+    if not images or not isinstance(content, list) or not any(isinstance(p, dict) and p.get("type") in _IMAGES for p in content):
+        return {"content": text_of(content, param)}
+    parts: list[dict[str, Any]] = []
+    for index, part in enumerate(content):
+        where = f"{param}.{index}"
+        if isinstance(part, dict) and part.get("type") in _IMAGES:
+            given = part.get("image_url")
+            url = given.get("url") if isinstance(given, dict) else given
+            if not isinstance(url, str):
+                raise InvalidParameter('An image needs its URL: {"image_url": {"url": "data:image/png;base64,…"}}.', param=where)
+            parts.append({"type": "image", "image": image_source(url, where)})
+        else:
+            parts.append({"type": "text", "text": _part_text(part, where)})
+    return {"content": "".join(part["text"] for part in parts if part["type"] == "text"), "parts": parts}
+
+
 def text_of(content: Any, param: str) -> str:
     """A message's content as text. Raises UnsupportedParameter for images, audio and files, InvalidParameter for the rest."""
     if content is None:
@@ -249,16 +269,18 @@ def text_of(content: Any, param: str) -> str:
         return content
     if not isinstance(content, list) or not content:
         raise InvalidParameter("content must be text or a list of parts.", param=param)
-    parts = []
-    for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind in ("image_url", "input_image", "input_audio", "file", "input_file", "image"):
-            raise UnsupportedParameter("Images, audio and files can't be read by this model.", param=f"{param}.{index}")
-        text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else None
-        if kind not in ("text", "input_text", "output_text", "refusal") or not isinstance(text, str):
-            raise InvalidParameter('A part must be {"type": "text", "text": …}.', param=f"{param}.{index}")
-        parts.append(text)
-    return "".join(parts)
+    return "".join(_part_text(part, f"{param}.{index}") for index, part in enumerate(content))
+
+
+def _part_text(part: Any, param: str) -> str:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind in (*_IMAGES, "image", "input_audio", "file", "input_file"):
+        what = "Images are read in messages of the user" if kind in (*_IMAGES, "image") else "Audio and files are not read"
+        raise UnsupportedParameter(f"{what}.", param=param)
+    text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else None
+    if kind not in ("text", "input_text", "output_text", "refusal") or not isinstance(text, str):
+        raise InvalidParameter('A part must be {"type": "text", "text": …}.', param=param)
+    return text
 
 
 def schema_of(model: type[BaseModel], *, samplers: bool = True) -> dict[str, Any]:

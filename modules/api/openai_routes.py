@@ -15,11 +15,13 @@ from modules.api.job import Job, model_name, respond
 from modules.api.openai_answers import ChatForm, CompletionForm, Form, Streamer, whole
 from modules.api.openai_models import ChatRequest, Common, CompletionRequest, parse, schema_of
 from modules.api.openai_turns import chat_turn, completion_turns
+from modules.chat.vision import sees
 from modules.errors import NotSupported, UnsupportedParameter
 from modules.schema import features_of
 
 if TYPE_CHECKING:
     from modules.api.turn import Turn
+    from modules.residents import Resident
     from modules.schema import ModelFiles
     from modules.services import Services
 
@@ -116,10 +118,16 @@ def model_entry(services: Services, model: ModelFiles) -> dict[str, Any]:
         "quantization": model.quantization.method if model.quantization else None,
         "size_bytes": model.size_bytes,
         "context_length": context,
-        "capabilities": sorted(features_of(spec, resident.info if resident else None)) if spec else [],
+        "capabilities": capabilities(spec, model, resident),
         "vocab_size": resident.info.vocab_size if resident and resident.info else model.vocab_size,
         "eos_token_ids": resident.info.eos_token_ids if resident and resident.info else (),
     }
+
+
+def capabilities(spec: Any, model: ModelFiles, resident: Resident | None) -> list[str]:
+    """The loader's features; vision only of a model that sees."""
+    features = set(features_of(spec, resident.info if resident else None)) if spec else set()
+    return sorted(features if sees(model, resident) else features - {"vision"})
 
 
 def _usual_spec(services: Services, model: ModelFiles) -> Any:

@@ -20,7 +20,7 @@ def chat_turn(body: ChatRequest, *, strict: bool) -> Turn:
     limit = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     turn = common_turn(body, limit, strict)
     turn.messages = messages_of(body)
-    if not any(m["content"] for m in turn.messages) and all(m["role"] == "system" for m in turn.messages):
+    if not any(m["content"] or m.get("parts") for m in turn.messages) and all(m["role"] == "system" for m in turn.messages):
         raise InvalidParameter("messages holds nothing to answer.", param="messages")
     turn.continue_final = _continued(body, turn.messages)
     turn.template_variables = thinking_variables(body.reasoning_effort, body.enable_thinking)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from modules.api.openai_models import MAX_FUNCTIONS, MaxTokens, text_of, toolset_of
+from modules.api.openai_models import MAX_FUNCTIONS, MaxTokens, content_of, text_of, toolset_of
 from modules.api.openai_turns import hold_to, thinking_variables
 from modules.api.turn import Turn, split_extras, tool_arguments
 from modules.errors import InvalidParameter, UnsupportedParameter
@@ -115,8 +115,8 @@ def _add_item(messages: list[dict[str, Any]], item: Any, param: str) -> None:
         role = item.get("role")
         if role not in ("user", "assistant", "system", "developer"):
             raise InvalidParameter("role must be user, assistant, system or developer.", param=f"{param}.role")
-        content = text_of(item.get("content"), f"{param}.content")
-        messages.append({"role": "system" if role == "developer" else role, "content": content})
+        content = content_of(item.get("content"), f"{param}.content", images=role == "user")
+        messages.append({"role": "system" if role == "developer" else role, **content})
     elif kind == "function_call":
         name, call_id = item.get("name"), item.get("call_id")
         if not isinstance(name, str) or not isinstance(call_id, str):
@@ -130,7 +130,7 @@ def _add_item(messages: list[dict[str, Any]], item: Any, param: str) -> None:
     elif kind == "function_call_output":
         if not isinstance(item.get("call_id"), str):
             raise InvalidParameter("A function_call_output needs the call_id it answers.", param=f"{param}.call_id")
-        content = text_of(item.get("output"), f"{param}.output")
-        messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": content})
+        output = text_of(item.get("output"), f"{param}.output")
+        messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": output})
     elif kind != "reasoning":  # earlier thoughts are not shown to the model again
         raise UnsupportedParameter("This kind of input item can't be used here.", param=f"{param}.type")

@@ -17,7 +17,9 @@ from modules import sampling
 from modules.api.answer import AnswerReader
 from modules.api.infill import infill_prompt
 from modules.chat.templates import FALLBACK_STOP
+from modules.chat.vision import check_sees, images_of, shape
 from modules.errors import ContextLengthExceeded, InvalidParameter, UnsupportedParameter
+from modules.image_urls import fetched
 from modules.reasoning import THINK, ReasoningSplitter, begins_inside, marks_of
 from modules.schema import ChatInput, GenerationRequest, LoaderSpec, ModelInfo, StopParams, features_of, samplers_of
 from modules.tools.constrain import force
@@ -52,8 +54,9 @@ class Turn:
     """One prompt and how to go on with it, checked as far as that is possible without a model.
 
     Exactly one of `messages`, `prompt` and `token_ids` is set. Messages are canonical: role system, user, assistant or tool;
-    `content` text; `tool_calls` with `function.arguments` as an object; `tool_call_id`; `reasoning_content`. `continue_final`
-    None goes on with a last message that is the assistant's. At most one of `grammar` (GBNF), `json_schema`, `regex`.
+    `content` text, with `parts` beside it where there are images (`modules.chat.vision`); `tool_calls` with
+    `function.arguments` as an object; `tool_call_id`; `reasoning_content`. `continue_final` None goes on with a last message that
+    is the assistant's. At most one of `grammar` (GBNF), `json_schema`, `regex`.
     """
 
     sampling: dict[str, Any]
@@ -120,6 +123,7 @@ class Prepared:
     inside: bool = False
     echo_text: str = ""
     chat: ChatInput | None = None
+    images: tuple[str, ...] = ()
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -139,6 +143,7 @@ class Prepared:
             grammar=turn.grammar if self.json_schema is None else None,
             json_schema=self.json_schema or turn.json_schema,
             regex=turn.regex if self.json_schema is None else None,
+            images=self.images,
         )
 
     def reader(self) -> AnswerReader:
@@ -179,13 +184,17 @@ async def _render(made: Prepared, services: Services, resident: Resident) -> Non
     """Messages -> prompt, and how to read what comes back."""
     turn, info = made.turn, resident.info
     template = services.chat_template(resident)
+    made.images = images_of(turn.messages or ())
+    if made.images:
+        check_sees(info)
+        made.images = tuple([await fetched(image, services.config.fetch_images) for image in made.images])
     messages, variables = _with_tools(turn, template, dict(turn.template_variables))
     continued = turn.continue_final
     if continued is None:
         continued = messages[-1]["role"] == "assistant" and bool(messages[-1]["content"])
     made.prompt = await services.templates.render(
         template,
-        messages,
+        shape(messages, template, info.image_token if info else None),
         True,
         info.bos_token if info else None,
         info.eos_token if info else None,
@@ -265,6 +274,8 @@ async def _fit(made: Prepared, resident: Resident, client: EngineClient) -> None
         if any(not 0 <= token < (vocabulary or 2**31) for token in made.token_ids):
             raise InvalidParameter("A token id is outside the model's vocabulary.", param="prompt")
         _check_context(len(made.token_ids), context, param)
+    elif made.images:
+        pass  # the worker counts: an image becomes as many tokens as the model makes of it
     elif context and len(prompt) * 4 + SPARE_TOKENS > context and len(prompt.encode()) + SPARE_TOKENS > context:
         made.token_ids = tuple(await client.encode(prompt, turn.add_special and turn.messages is None))
         _check_context(len(made.token_ids), context, param)

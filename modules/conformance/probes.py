@@ -12,6 +12,7 @@ from typing import Any
 
 from modules import sampling
 from modules.conformance.client import Api, Failed, Unsupported, expect
+from modules.conformance.squares import BLUE, RED
 
 Run = Callable[[Api], Awaitable["str | None"]]
 
@@ -303,6 +304,20 @@ async def anthropic_tools(api: Api) -> None:
     body = api.body("Weather in Oslo?", tools=[tool], tool_choice={"type": "any"}, temperature=0)
     answer = await api.post("/v1/messages", **{**body, "max_tokens": 80})
     expect(answer["stop_reason"] == "tool_use" and "city" in answer["content"][-1]["input"], "no call")
+
+
+@probe("Chat", "images")
+async def vision(api: Api) -> None:
+    rows = []
+    for picture in (RED, BLUE):
+        parts = [
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{picture}"}},
+            {"type": "text", "text": "Colour?"},
+        ]
+        body = {**api.body(""), "messages": [{"role": "user", "content": parts}], "max_tokens": 1, "temperature": 0}
+        answer = await api.post("/v1/chat/completions", **body, logprobs=True, top_logprobs=5)
+        rows.append(answer["choices"][0]["logprobs"]["content"][0]["top_logprobs"])
+    expect(rows[0] != rows[1], "another picture changes nothing")
 
 
 # --- Ollama, KoboldAI, llama-server, internal ----------------------------------------------------------------------

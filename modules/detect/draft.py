@@ -29,6 +29,7 @@ class Draft:
     has_chat_template: bool = False
     base_model: str | None = None
     license: str | None = None
+    vision: bool = False
     files: list[str] = field(default_factory=list)
 
     def finish(self, path: Path, problem: str | None) -> ModelFiles:
@@ -45,6 +46,7 @@ class Draft:
             has_chat_template=self.has_chat_template,
             base_model=self.base_model,
             license=self.license,
+            vision=self.vision,
             files=tuple(self.files),
             problem=problem,
         )

@@ -74,6 +74,7 @@ def _read_config(config: dict[str, Any], draft: Draft) -> None:
     architectures = config.get("architectures")
     named = architectures[0] if isinstance(architectures, list) and architectures else None
     draft.architecture = text(named, 100) or text(config.get("model_type"), 100)
+    draft.vision = isinstance(config.get("vision_config"), dict)
     for source in sources:
         for key in _CONTEXT_KEYS:
             draft.context_length = draft.context_length or integer(source.get(key), maximum=2**31)

@@ -150,7 +150,7 @@ def test_errors_are_the_clients_own(client: anthropic.Anthropic) -> None:
     with pytest.raises(anthropic.BadRequestError, match="temperature"):
         client.messages.create(model="echo", max_tokens=5, messages=say("x"), extra_body={"temperature": -1})
     image: Any = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "aGk="}}
-    with pytest.raises(anthropic.BadRequestError, match="Images"):
+    with pytest.raises(anthropic.BadRequestError, match="no image that can be read"):
         client.messages.create(model="echo", max_tokens=5, messages=[{"role": "user", "content": [image]}])
 
 

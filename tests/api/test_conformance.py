@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # What echo has no logits or vectors for.
-NOT_ON_ECHO = {"chat_logprobs", "echo", "logit_bias", "embeddings", "ollama_embed", "llama_probs", "internal_logits"}
+NOT_ON_ECHO = {"chat_logprobs", "echo", "logit_bias", "embeddings", "ollama_embed", "llama_probs", "internal_logits", "vision"}
 
 
 def test_every_probe_on_echo(server: Server) -> None:

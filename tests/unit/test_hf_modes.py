@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from loaders._hf_generate import PrefixCache
 from loaders._hf_modes import PromptLookup
+from loaders._hf_prefix import PrefixCache
 
 
 class Prefix:

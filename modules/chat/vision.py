@@ -1,0 +1,69 @@
+"""Messages with images, for a model that sees.
+
+A canonical message keeps its words in `content`; one with images has `parts` beside it: {"type": "text", "text"} and
+{"type": "image", "image": base64} in their order. `shape` turns them into what the model's template takes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from modules.errors import InvalidImage, UnsupportedParameter
+from modules.images import MAX_IMAGES
+
+if TYPE_CHECKING:
+    from modules.residents import Resident
+    from modules.schema import ModelFiles, ModelInfo
+
+# A template that has a branch for a part of this type puts the model's own mark there.
+_KNOWS_PARTS = re.compile(r"""['"](image|image_url)['"]""")
+_TAKES_TEXT = re.compile(r"\bis (not )?string\b")
+
+
+def images_of(messages: Sequence[dict[str, Any]]) -> tuple[str, ...]:
+    """The images of all messages in order, as base64. Raises InvalidImage for too many."""
+    found = tuple(part["image"] for message in messages for part in message.get("parts", ()) if part["type"] == "image")
+    if len(found) > MAX_IMAGES:
+        raise InvalidImage(
+            f"There are {len(found)} images; at most {MAX_IMAGES} are read.",
+            hint="Send fewer.",
+            param="messages",
+            detail={"reason": "count"},
+        )
+    return found
+
+
+def sees(model: ModelFiles, resident: Resident | None) -> bool:
+    """Whether the model reads images: as it is loaded, else by its files."""
+    return resident.info.image_token is not None if resident is not None and resident.info is not None else model.vision
+
+
+def check_sees(info: ModelInfo | None) -> None:
+    """Raises UnsupportedParameter for a model that reads no images."""
+    if info is None or info.image_token is None:
+        name = f"{info.name} reads" if info is not None else "This model reads"
+        raise UnsupportedParameter(
+            f"{name} no images.", hint="Load a model with vision, or leave the image out.", param="messages"
+        )
+
+
+def shape(messages: Sequence[dict[str, Any]], template: str | None, image_token: str | None) -> list[dict[str, Any]]:
+    """The messages as the template takes them. A template that knows parts gets parts (all messages do where it takes nothing
+    else); any other gets the words with the model's `image_token` in the images' places."""
+    if image_token is None:
+        return list(messages)
+    knows = template is not None and _KNOWS_PARTS.search(template) is not None
+    all_parts = knows and template is not None and not _TAKES_TEXT.search(template)
+    shaped = []
+    for message in messages:
+        parts = message.get("parts")
+        plain = {key: value for key, value in message.items() if key != "parts"}
+        if knows and (parts or all_parts):
+            given = parts or [{"type": "text", "text": message["content"]}]
+            plain["content"] = [{"type": "image"} if part["type"] == "image" else part for part in given]
+        elif parts:
+            plain["content"] = "".join(f"{image_token}\n" if part["type"] == "image" else part["text"] for part in parts)
+        shaped.append(plain)
+    return shaped

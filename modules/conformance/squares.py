@@ -1,0 +1,12 @@
+"""Pictures for the probe of images: a red and a blue square, PNG in base64."""
+
+from __future__ import annotations
+
+RED = (
+    "iVBORw0KGgoAAAANSUhEUgAAADgAAAA4CAIAAAAn5KxJAAAASElEQVR4nO3OQQkAMBADsPo3vTm4bykEIiB5yYT+QFRUVFRUVFRUVHRAfyAqKi"
+    "oqKioqKio6oD8QFRUVFRUVFRUVHdAfiIrePiJyNHVX9iCVAAAAAElFTkSuQmCC"
+)
+BLUE = (
+    "iVBORw0KGgoAAAANSUhEUgAAADgAAAA4CAIAAAAn5KxJAAAASElEQVR4nO3OQQkAMBADsPo3vTm4bykEIiBJ3oj+QFRUVFRUVFRUVHRAfyAqKi"
+    "oqKioqKio6oD8QFRUVFRUVFRUVHdAfiIpePrl7NHXnh0PzAAAAAElFTkSuQmCC"
+)
