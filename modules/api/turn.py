@@ -94,6 +94,10 @@ class Turn:
         """The request for this very model. Raises AppError: overflow, unsupported parts, template errors."""
         spec = services.specs[resident.loader]
         made = Prepared(self, stop=self.stop)
+        made.images = images_of(self.messages or ())
+        if made.images:
+            check_sees(resident.info)
+            made.images = tuple([await fetched(image, services.config.fetch_images) for image in made.images])
         if self.messages is not None and "messages" in features_of(spec, resident.info):
             _converse(made)
         elif self.messages is not None:
@@ -184,10 +188,6 @@ async def _render(made: Prepared, services: Services, resident: Resident) -> Non
     """Messages -> prompt, and how to read what comes back."""
     turn, info = made.turn, resident.info
     template = services.chat_template(resident)
-    made.images = images_of(turn.messages or ())
-    if made.images:
-        check_sees(info)
-        made.images = tuple([await fetched(image, services.config.fetch_images) for image in made.images])
     messages, variables = _with_tools(turn, template, dict(turn.template_variables))
     continued = turn.continue_final
     if continued is None:

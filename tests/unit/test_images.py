@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import ipaddress
 from typing import Any
 
 import pytest
@@ -10,8 +12,10 @@ from hypothesis import strategies as st
 
 from modules import images
 from modules.chat.vision import check_sees, images_of, sees, shape
+from modules.config import Config
 from modules.errors import InvalidImage, UnsupportedParameter
-from modules.image_urls import image_source
+from modules.image_urls import fetched, image_source
+from modules.reach import LOOPBACK, PUBLIC
 from modules.schema import ModelFiles, ModelInfo
 from tests.pictures import bomb, data_url, encoded, gif, jpeg, png, png_chunk, webp
 
@@ -111,3 +115,73 @@ def test_who_sees() -> None:
             check_sees(blind)
     check_sees(ModelInfo("m", "/m", "transformers", "hf", image_token="<image>"))
     assert sees(ModelFiles("m", "/m", "hf", vision=True), None) and not sees(ModelFiles("m", "/m", "hf"), None)
+
+
+# --- fetching ------------------------------------------------------------------------------------------------------
+
+
+class Host:
+    """A web server on loopback that keeps a list of what it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str | None]] = []
+        self.port = 0
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        path = head.split(" ")[1]
+        host = next((line[6:] for line in head.split("\r\n") if line.lower().startswith("host: ")), None)
+        self.asked.append((path, host))
+        body = {"/a.png": png(), "/text": b"hello"}.get(path, b"")
+        status = "302 Found\r\nLocation: /a.png" if path == "/moved" else "200 OK" if body else "404 Not Found"
+        writer.write(f"HTTP/1.1 {status}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode() + body)
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+
+    async def fetch(self, url: str, reach: int = LOOPBACK, **more: Any) -> str:
+        server = await asyncio.start_server(self.answer, "127.0.0.1", 0)
+        self.port = server.sockets[0].getsockname()[1]
+        async with server:
+            return await fetched(url.replace("PORT", str(self.port)), True, reach=reach, **more)
+
+
+def test_an_image_is_fetched_from_the_address_that_was_looked_up() -> None:
+    host = Host()
+    here = [ipaddress.ip_address("127.0.0.1")]
+    made = asyncio.run(host.fetch("http://pictures.example:PORT/a.png", resolve=lambda *_: here))
+    assert made == encoded(png()) and host.asked == [("/a.png", f"pictures.example:{host.port}")]
+
+
+@pytest.mark.parametrize(
+    ("path", "reason", "words"), [("moved", "url", "302"), ("gone", "url", "404"), ("text", "type", "no image")]
+)
+def test_what_is_fetched_must_be_an_image(path: str, reason: str, words: str) -> None:
+    host = Host()
+    with pytest.raises(InvalidImage, match=words) as caught:
+        asyncio.run(host.fetch(f"http://127.0.0.1:PORT/{path}"))
+    assert caught.value.detail["reason"] == reason and len(host.asked) == 1  # no redirect is followed
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["127.0.0.1", "0.0.0.0", "[::1]", "[::]", "[::ffff:127.0.0.1]", "localhost", "2130706433", "169.254.169.254", "10.0.0.1"],
+)
+def test_nothing_inside_is_ever_asked(place: str) -> None:
+    host = Host()
+    with pytest.raises(InvalidImage):
+        asyncio.run(host.fetch(f"http://{place}:PORT/a.png", reach=PUBLIC))
+    assert host.asked == []
+
+
+def test_one_inner_address_among_public_ones_is_enough() -> None:
+    both = [ipaddress.ip_address("93.184.216.34"), ipaddress.ip_address("127.0.0.1")]
+    with pytest.raises(InvalidImage, match="not a public one"):
+        asyncio.run(fetched("http://pictures.example/a.png", True, resolve=lambda *_: both))
+
+
+def test_fetching_is_off_by_default() -> None:
+    assert Config().fetch_images is False
+    with pytest.raises(InvalidImage, match="fetches no images"):
+        asyncio.run(fetched("http://127.0.0.1:9/a.png", False))
+    assert asyncio.run(fetched(encoded(png()), False)) == encoded(png())
