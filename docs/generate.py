@@ -5,6 +5,7 @@ A generated part stands between `<!-- generated: NAME -->` and `<!-- end: NAME -
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import sys
@@ -108,6 +109,17 @@ def errors() -> str:
     """Codes and statuses."""
     rows = [[f"`{c.code}`", str(c.http_status), c.openai_type, c.__name__] for c in error_classes()]
     return table(["code", "HTTP", "type", "class"], rows)
+
+
+def scripts() -> str:
+    """The benchmarks and what they use, by the first paragraph of each."""
+    rows = []
+    for path in sorted((ROOT / "benchmarks").glob("*.py")):
+        code = path.read_text(encoding="utf-8")
+        what = (ast.get_docstring(ast.parse(code)) or "").split("\n\n")[0]
+        rows.append(("with report(" not in code, [f"`{path.name}`", " ".join(what.split())]))
+    rows.sort(key=lambda row: row[0])
+    return table(["script", "what it is"], [row for _, row in rows])
 
 
 def figures() -> str:
@@ -221,6 +233,7 @@ GENERATORS: dict[str, Callable[[], str]] = {
     "endpoints": endpoints,
     "examples": examples,
     "figures": figures,
+    "scripts": scripts,
     "gptq": gptq,
     "headlines": headlines,
 }
