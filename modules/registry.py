@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -53,6 +54,16 @@ def load_spec(name: str) -> LoaderSpec:
 def discover() -> dict[str, LoaderSpec]:
     """Every loader, by name."""
     return {name: load_spec(name) for name in loader_names()}
+
+
+def loader_named(text: str, specs: Mapping[str, LoaderSpec]) -> str | None:
+    """A loader by its name or title, however it is written: "llama.cpp", "Transformers". None when there is none."""
+    plain = _plain(text)
+    return next((name for name, spec in specs.items() if plain and plain in (_plain(name), _plain(spec.title))), None)
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", text.lower())
 
 
 def engine_class(spec: LoaderSpec) -> type[Engine]:

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from modules.chat.store import ChatStore
     from modules.chat.templates import TemplateRenderer
     from modules.config import Config
+    from modules.conversions import Conversions
     from modules.download.account import HubAccount
     from modules.download.jobs import Downloads
     from modules.evaluate.jobs import EvaluationJobs
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from modules.residents import Resident
     from modules.schema import LoaderSpec
     from modules.settings import ModelSettings, Settings
+    from modules.shelf import Shelf
 
 
 @dataclass
@@ -53,6 +55,8 @@ class Services:
     quantizations: Quantizations
     hub: HubAccount
     downloads: Downloads
+    conversions: Conversions
+    shelf: Shelf
     chat: ChatService = None  # type: ignore[assignment]  # set by modules.app, which it is built from
     batches: BatchJobs = None  # type: ignore[assignment]  # likewise
     ray: RayEngine | None = None  # with --engine ray

@@ -271,6 +271,27 @@ class ModelSettings:
             entry["options"][loader] = changed
             self._write()
 
+    def entry(self, model: str) -> dict[str, Any]:
+        """All that is kept for a model, for `put_back`."""
+        return copy.deepcopy(self._models.get(model, {}))
+
+    def put_back(self, model: str, entry: dict[str, Any]) -> None:
+        """Keep what `entry` gave once more, checked as a file's content is; nothing for an empty one."""
+        if not entry:
+            return
+        with self._mutex:
+            self._take(model, entry)
+            self._write()
+
+    def rename(self, model: str, new: str) -> None:
+        """The settings follow a model to its new name; what was kept for an earlier model of that name is gone."""
+        with self._mutex:
+            before = self._models.pop(new, None), self._models.pop(model, None)
+            if before[1] is not None:
+                self._models[new] = before[1]
+            if before != (None, None):
+                self._write()
+
     def forget(self, model: str) -> None:
         with self._mutex:
             if self._models.pop(model, None) is not None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from modules.chat.places import open_place
 from modules.chat.templates import TemplateRenderer
 from modules.config import ROOT
+from modules.conversions import Conversions
 from modules.download.account import HubAccount
 from modules.download.jobs import Downloads
 from modules.engine_client import WorkerClient
@@ -33,6 +34,7 @@ from modules.remotes.store import RemoteStore
 from modules.remotes.watch import Remotes
 from modules.services import Services
 from modules.settings import ModelSettings, Settings
+from modules.shelf import Shelf
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -109,6 +111,8 @@ def build_services(config: Config) -> Services:
         evaluations=EvaluationJobs(around, events),
         quantizations=Quantizations(library, config.model_dir, overlays, events, config.user_data_dir / "quantizations.json"),
         hub=hub,
+        conversions=Conversions(library, config.model_dir, overlays, events),
+        shelf=Shelf(library, model_settings),
         downloads=Downloads(hub, config.model_dir, events, config.user_data_dir / "downloads.json"),
     )
 
@@ -151,6 +155,7 @@ async def running(services: Services) -> AsyncIterator[None]:
         await services.installs.close()
         await services.evaluations.close()
         await services.quantizations.close()
+        await services.conversions.close()
         await services.manager.close()
         if services.ray is not None:
             await services.ray.close()

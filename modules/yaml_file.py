@@ -35,12 +35,17 @@ def read_yaml(path: Path, limit: int = 256 * 1024) -> Any:
     if len(data) > limit:
         raise ConfigError(f"{path.name} is larger than {limit // 1024} KB.")
     try:
-        return yaml.load(data.decode("utf-8-sig"), Loader=_StrictLoader)
+        return parse_yaml(data.decode("utf-8-sig"))
     except (UnicodeDecodeError, RecursionError, ValueError, yaml.YAMLError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f" at line {mark.line + 1}" if mark is not None else ""
         reason = getattr(error, "problem", None) or (str(error).splitlines() or ["it nests too deep"])[0]
         raise ConfigError(f"{path.name} is no valid YAML{where}: {reason}.") from error
+
+
+def parse_yaml(text: str) -> Any:
+    """A text's content, plain data without aliases. Raises ValueError, RecursionError, yaml.YAMLError."""
+    return yaml.load(text, Loader=_StrictLoader)
 
 
 def write_yaml(path: Path, data: Any) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from modules.errors import InvalidParameter, UnsupportedParameter
 from modules.paths import confine
+from modules.registry import loader_named
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -86,10 +86,9 @@ def loader_of(given: Any, specs: Mapping[str, LoaderSpec]) -> str | None:
     """A loader by its name or title, however it is written: "llama.cpp", "Transformers". Raises InvalidParameter."""
     if given is None:
         return None
-    plain = re.sub(r"[^a-z0-9]", "", given.lower()) if isinstance(given, str) else ""
-    for name, spec in specs.items():
-        if plain and plain in (re.sub(r"[^a-z0-9]", "", text.lower()) for text in (name, spec.title)):
-            return name
+    name = loader_named(given, specs) if isinstance(given, str) else None
+    if name is not None:
+        return name
     raise InvalidParameter("There is no such loader.", hint=f"There are {', '.join(specs)}.", param="args.loader")
 
 

@@ -17,6 +17,7 @@ from modules.api import internal_models as models
 from modules.api.body import read_object
 from modules.api.internal_downloads import add_downloads
 from modules.api.job import Job, meant, render_prompt, respond
+from modules.api.model_view import model_views
 from modules.api.openai_models import ChatRequest, parse, schema_of
 from modules.api.openai_turns import chat_turn
 from modules.api.turn import Turn, split_extras
@@ -175,9 +176,11 @@ def _add_models(router: APIRouter, services: Services) -> None:
 
     @router.get("/model/list")
     async def list_models() -> JSONResponse:
-        """Every local model. Needs an admin key where there are keys."""
-        listed = await asyncio.to_thread(services.library.list)
-        return JSONResponse({"model_names": [model.id for model in listed if not model.problem]})
+        """Every local model: `models` with format, size, quantization, context, licence, chat template, and for each backend
+        whether it takes the model and why not; `model_names` are those that can be loaded. Needs an admin key if there are any.
+        """
+        found = await asyncio.to_thread(model_views, services)
+        return JSONResponse({"model_names": [model["id"] for model in found if not model["problem"]], "models": found})
 
     @router.get("/model/plan")
     async def plan(model: str) -> JSONResponse:

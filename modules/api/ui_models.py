@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from typing import TYPE_CHECKING, Any, cast
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
+from modules.api.model_view import listed
 from modules.api.ui_body import Body
+from modules.api.ui_library import can_open
 from modules.errors import AppError, InvalidParameter, NotFound
 from modules.load_options import confine_paths
 from modules.plan.service import answer_plan
-from modules.registry import rank
 from modules.residents import shown
-from modules.schema import to_wire
 
 if TYPE_CHECKING:
     from modules.residents import Resident, WhenBusy
-    from modules.schema import LoaderSpec, ModelFiles
     from modules.services import Services
 
 log = logging.getLogger(__name__)
@@ -35,9 +35,11 @@ def build_router(services: Services) -> APIRouter:
     savers: set[asyncio.Task[None]] = set()
 
     @router.get("/models")
-    async def models() -> JSONResponse:
-        listed = await asyncio.to_thread(_listed, services)
-        return JSONResponse({**listed, **manager.snapshot()})
+    async def models(request: Request) -> Response:
+        """Models, backends, what is in memory. Written in a thread, too: with a thousand models it is a megabyte."""
+        state = {**manager.snapshot(), "can_open": can_open(request)}
+        text = await asyncio.to_thread(lambda: json.dumps({**listed(services), **state}, ensure_ascii=False).encode())
+        return Response(text, media_type="application/json")
 
     @router.post("/models/load")
     async def load(request: Request) -> JSONResponse:
@@ -140,37 +142,3 @@ async def _remember(services: Services, resident: Resident, options: dict[str, A
         await asyncio.to_thread(services.model_settings.save, resident.model.id, resident.loader, {**saved, **options})
     except AppError as error:
         services.chat.notify("warning", f"The load options of {resident.model.id} were not kept: {error}")
-
-
-def _listed(services: Services) -> dict[str, Any]:
-    specs = list(services.specs.values())
-    return {
-        "models": [_model(services, model, specs) for model in services.library.list()],
-        "loaders": [_loader(services, spec) for spec in specs],
-    }
-
-
-def _model(services: Services, model: ModelFiles, specs: list[LoaderSpec]) -> dict[str, Any]:
-    choices = rank(model, specs, services.overlays)
-    loaders = [
-        {"name": c.spec.name, "title": c.spec.title, "ok": c.ok, "reason": c.reason or None, "installed": c.installed}
-        for c in choices
-    ]
-    # The file names are below the model's own folder; where that is on this machine is nobody's business here.
-    return {**to_wire(model), "path": model.id, "loaders": loaders}
-
-
-def _loader(services: Services, spec: LoaderSpec) -> dict[str, Any]:
-    status = services.overlays.status(spec)
-    reason = services.overlays.unavailable(spec)
-    return {
-        "name": spec.name,
-        "title": spec.title,
-        "summary": spec.summary,
-        "installed": status.installed and status.importable,
-        "ready": reason is None,
-        "reason": reason,
-        "fix": status.fix or None,
-        "overlay": spec.overlay,
-        "options": [to_wire(option) for option in spec.options],
-    }

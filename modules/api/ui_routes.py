@@ -13,6 +13,7 @@ from modules.api import (
     ui_downloads,
     ui_evaluate,
     ui_events,
+    ui_library,
     ui_models,
     ui_quantize,
     ui_settings,
@@ -27,6 +28,7 @@ def build_router(services: Services) -> APIRouter:
     router = APIRouter()
     router.include_router(ui_conversations.build_router(services.chat))
     router.include_router(ui_events.build_router(services))
+    router.include_router(ui_library.build_router(services))
     router.include_router(ui_models.build_router(services))
     router.include_router(ui_settings.build_router(services))
     router.include_router(ui_evaluate.build_router(services))

@@ -34,7 +34,12 @@ def test_text(server: Server) -> None:
 def test_models(server: Server) -> None:
     assert server.http.get(PREFIX + "/health").json() == {"status": "ok"}
     assert server.http.get(PREFIX + "/model/info").json() == {"model_name": "echo", "lora_names": [], "loader": "echo"}
-    assert "echo" in server.http.get(PREFIX + "/model/list").json()["model_names"]
+    listed = server.http.get(PREFIX + "/model/list").json()
+    assert "echo" in listed["model_names"]
+    echo = next(model for model in listed["models"] if model["id"] == "echo")
+    assert {"format", "size_bytes", "quantization", "context_length", "license", "has_chat_template"} <= echo.keys()
+    why = {loader["name"]: (loader["ok"], loader["reason"]) for loader in echo["loaders"]}
+    assert why["echo"] == (True, None) and why["llamacpp"][0] is False and "GGUF" in why["llamacpp"][1]
     assert server.http.get(PREFIX + "/lora/list").json()["lora_names"] == []
     assert post(server, "/lora/load", {"lora_names": ["x"]}).json()["error"]["code"] == "unsupported_parameter"
     assert post(server, "/model/load", {"model_name": "no such"}).status_code == 404

@@ -46,7 +46,7 @@ export const overtaken = (view, known) => Boolean(known && view.revision < known
 // --- page-wide events ---------------------------------------------------------------------------------------------
 
 const listeners = new Map();
-const KINDS = ['models', 'conversation', 'conversations', 'notice', 'install', 'settings', 'presets', 'evaluation', 'quantization', 'batch', 'download', 'conversion', 'remotes', 'resync', 'online', 'offline'];
+const KINDS = ['models', 'conversation', 'conversations', 'notice', 'install', 'settings', 'presets', 'evaluation', 'quantization', 'batch', 'download', 'conversion', 'remotes', 'library', 'resync', 'online', 'offline'];
 
 /** Call `fn(data)` on each event of `kind`; `resync` means that events were missed and everything should be read again. */
 export function on(kind, fn) {
