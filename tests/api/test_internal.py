@@ -131,3 +131,20 @@ def test_ask_lets_the_request_go_on_after_a_yes(launch: Callable[..., Server]) -
         thread.join(30)
         assert answers.pop().status_code == status and asked() == []
     assert server.http.post("/ui-api/models/approve", json={"model": "echo", "approved": True}).status_code == 404
+
+
+def test_what_fits_here(server: Server) -> None:
+    answer = server.http.get(PREFIX + "/model/plan", params={"model": "wren-6m"})
+    assert answer.status_code == 200
+    plan = answer.json()
+    assert plan["model"] == "wren-6m" and plan["machine"]["ram_bytes"] > 0
+    assert {"transformers"} <= {fit["loader"] for fit in plan["fits"]}
+    assert plan["nearest"] is None or plan["nearest"]["fits"]
+    assert server.http.get("/ui-api/models/plan", params={"model": "wren-6m"}).json()["fits"][0].keys() == plan["fits"][0].keys()
+    assert server.http.get(PREFIX + "/model/plan", params={"model": "no such"}).status_code == 404
+    assert server.http.get(PREFIX + "/model/plan").status_code in (400, 422)
+
+
+def test_loading_anyway_is_yes_or_no(server: Server) -> None:
+    assert post(server, "/model/load", {"model_name": "echo", "anyway": "yes"}).status_code == 400
+    assert server.http.post("/ui-api/models/load", json={"model": "echo", "anyway": "yes"}).status_code == 400
