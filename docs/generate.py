@@ -179,6 +179,23 @@ def gptq() -> str:
     )
 
 
+def plan_error() -> str:
+    """The planner's estimates against what was measured."""
+    path = ROOT / "benchmarks" / "results" / "plan_error.json"
+    if not path.is_file():
+        return ""
+    result = json.loads(path.read_text(encoding="utf-8"))
+    rows = []
+    for row in result["figures"]["rows"]:
+        options = ", ".join(f"{name} {value}" for name, value in row["options"].items()) or "defaults"
+        speed = "" if row["estimate_tok_s"] is None else f"{row['estimate_tok_s']:g}"
+        sizes = [f"{row[name]:,}" for name in ("estimate_mb", "measured_mb")]
+        rows.append([row["model"], row["loader"], options, *sizes, f"{row['error']:+.1%}", speed, f"{row['tok_s']:g}"])
+    head = ["model", "backend", "options", "estimate, MB", "measured, MB", "error", "estimate, tok/s", "measured, tok/s"]
+    about = f"{result['hardware']['cpu']}, {result['hardware']['cores']} cores; `{result['command']}`"
+    return f"{table(head, rows)}\nThe largest error is {result['figures']['largest_error']:.1%}. {about}.\n"
+
+
 def _short(value: Any) -> str:
     if isinstance(value, (dict, list)):
         text = json.dumps(value)
@@ -235,6 +252,7 @@ GENERATORS: dict[str, Callable[[], str]] = {
     "figures": figures,
     "scripts": scripts,
     "gptq": gptq,
+    "plan_error": plan_error,
     "headlines": headlines,
 }
 

@@ -12,7 +12,7 @@ from modules.plan.types import MIB, Shape
 
 DEFAULT_CONTEXT = 4096
 # Resident memory of a worker that has imported its libraries and opened no model.
-TORCH_BASE = 420 * MIB
+TRANSFORMERS_BASE = 367 * MIB
 FLOAT32_SHARE = 0.6  # of the free memory: where the weights take less as float32, Transformers on a CPU computes in it
 # GPTQ matrices as float32: below it the exact way is fast enough, and greedy text is then the reference's own.
 SMALL_BYTES = 256 * MIB

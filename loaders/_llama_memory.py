@@ -9,14 +9,14 @@ from modules.detect.ggml_types import TENSOR_TYPES
 from modules.plan.types import MIB, Machine, Memory, Setting, Shape
 
 MOST_CONTEXT_BY_DEFAULT = 8192
-BASE = 75 * MIB
+BASE = 50 * MIB
 _CELLS = 256  # the cache is made in steps of so many tokens
 _PER_TOKEN_OF_VOCABULARY = 330  # the texts of the tokens, in llama.cpp and in Python
 # Types whose matrices are copied into another order for the processor's wide instructions; the file's own pages then idle.
 _REPACKED_AVX2 = frozenset({"Q4_0", "Q4_K", "Q2_K", "IQ4_NL"})
 _REPACKED_AMX = frozenset({"Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"})
 _BLOCKS = {name.lower(): size / count for name, count, size in TENSOR_TYPES.values()}
-EFFICIENCY = 0.8
+EFFICIENCY, _LAYER_S = 0.7, 0.0001
 
 
 def estimate(shape: Shape, options: Mapping[str, Any], machine: Machine) -> Memory:
@@ -32,11 +32,12 @@ def estimate(shape: Shape, options: Mapping[str, Any], machine: Machine) -> Memo
     moved = _repacked(shape, machine) if not gpu else 0
     own = weights if options["no_mmap"] else moved
     compute = _buffers(shape, steps, context, flash=options["flash_attn"] != "off")
-    read = int((weights - (0 if shape.tied else shape.embedding_bytes)) * shape.active) + cache // 2
+    looked_up = 0 if shape.tied else shape.embedding_bytes  # a row for each token
+    read = int((weights - looked_up) * shape.active) + cache // 2
     on_gpu = int(weights * gpu) + (0 if options["no_kv_offload"] else int(cache * gpu)) + (2 * compute if gpu else 0)
     return Memory(
         weights=own + shape.vocab * _PER_TOKEN_OF_VOCABULARY,
-        mapped=0 if options["no_mmap"] else int((weights - moved) * (1 - gpu)),
+        mapped=0 if options["no_mmap"] else int((weights - moved - looked_up) * (1 - gpu)),
         cache=int(cache * (1 - gpu)) if not options["no_kv_offload"] else cache,
         compute=compute,
         base=BASE,
@@ -44,6 +45,7 @@ def estimate(shape: Shape, options: Mapping[str, Any], machine: Machine) -> Memo
         vram=on_gpu,
         read=read,
         efficiency=EFFICIENCY,
+        step_s=_LAYER_S * shape.layers,
     )
 
 
@@ -84,7 +86,7 @@ def _repacked(shape: Shape, machine: Machine) -> int:
 
 
 def _buffers(shape: Shape, tokens: int, context: int, *, flash: bool) -> int:
-    """The compute buffer: a step's widest tensors in float32, and the logits' row."""
+    """What a step touches of the compute buffer: its widest tensors in float32. Room for every token's logits stays empty."""
     wide = tokens * (2 * (shape.ffn or 4 * shape.hidden) + 4 * shape.hidden)
     scores = 0 if flash else tokens * context * shape.heads
-    return 4 * (max(wide, scores) + tokens * shape.vocab) + 2 * tokens * context
+    return 4 * (max(wide, scores) + shape.vocab) + 2 * tokens * context

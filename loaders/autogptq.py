@@ -57,10 +57,12 @@ SPEC = LoaderSpec(
     ),
 )
 
+_BASE = 457 << 20  # the package brings more libraries than GPTQ-for-LLaMA's environment has
+
 
 def estimate(shape: Shape, options: Mapping[str, Any], machine: Machine) -> Memory:
     """See modules.plan.planner.Estimator. The layers are GPTQ-for-LLaMA's, in another environment."""
-    return gptq_for_llama.estimate(shape, options, machine)
+    return gptq_for_llama.estimate(shape, options, machine, _BASE)
 
 
 class AutoGptqEngine(hf.TransformersEngine):

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loaders._estimate import TORCH_BASE, context_of
+from loaders._estimate import context_of
 from loaders._flexgen_package import check_package
 from loaders._flexgen_plan import Plan, cache_elements, elements, main_memory_bytes, plan_of, weight_bytes
 from loaders._logits import NEED_THE_MODEL, THREADS, LogitsEngine, ctx_size
@@ -112,8 +112,8 @@ def refusal(files: ModelFiles) -> str | None:
     return None
 
 
-EFFICIENCY = 0.5
-_BASE = TORCH_BASE - (110 << 20)  # only the tokenizer's part of transformers is imported
+EFFICIENCY, _LAYER_S = 0.5, 0.001
+_BASE = 280 << 20
 
 
 def estimate(shape: Shape, options: Mapping[str, Any], machine: Machine) -> Memory:
@@ -136,6 +136,7 @@ def estimate(shape: Shape, options: Mapping[str, Any], machine: Machine) -> Memo
         vram=homes["gpu"] if plan.cuda else 0,
         read=4 * shape.parameters,
         efficiency=EFFICIENCY * fast**4 if fast > 0.5 else None,  # the disk's speed is not measured
+        step_s=_LAYER_S * opt.layers,
     )
 
 

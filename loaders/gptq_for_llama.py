@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from loaders import transformers as hf
-from loaders._estimate import SMALL_BYTES, TORCH_BASE, context_of, layer_cache, prefill_bytes
+from loaders._estimate import SMALL_BYTES, TRANSFORMERS_BASE, context_of, layer_cache, prefill_bytes
 from loaders._logits import THREADS, ctx_size, prefill_chunk
 from modules.plan.types import Machine, Memory, Setting, Shape
 from modules.schema import LoaderSpec, ModelInfo, OptionSpec
@@ -49,10 +49,11 @@ SPEC = LoaderSpec(
     notes=("Pickled checkpoints (.pt) are refused until `convert --allow-pickle` has written them as .safetensors.",),
 )
 
+_LAYER_S = 0.0002
 EFFICIENCY = {"int8": 0.6, "exact": 0.4, "int4": 0.4, "dense": 0.7}
 
 
-def estimate(shape: Shape, options: Mapping[str, Any], machine: Machine) -> Memory:
+def estimate(shape: Shape, options: Mapping[str, Any], machine: Machine, base: int = TRANSFORMERS_BASE) -> Memory:
     """See modules.plan.planner.Estimator. The packed matrices stay packed but with the kernels that unpack them to float32."""
     gpu = bool(machine.gpus) and not options["cpu"]
     kernel = options["kernel"]
@@ -76,11 +77,12 @@ def estimate(shape: Shape, options: Mapping[str, Any], machine: Machine) -> Memo
         weights=0 if gpu else weights,
         cache=0 if gpu else cache,
         compute=0 if gpu else compute,
-        base=TORCH_BASE,
+        base=base,
         loading=8 * shape.largest,
         vram=weights + cache // 2 + compute if gpu else 0,
         read=read,
         efficiency=EFFICIENCY.get(kernel),
+        step_s=_LAYER_S * shape.layers,
     )
 
 

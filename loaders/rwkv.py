@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from loaders._estimate import TORCH_BASE, context_of
+from loaders._estimate import context_of
 from loaders._logits import NEED_THE_MODEL, THREADS, LogitsEngine, ctx_size, prefill_chunk
 from modules import sampling as table
 from modules.plan.types import Machine, Memory, Setting, Shape
@@ -90,7 +90,8 @@ SPEC = LoaderSpec(
     notes=("A .pth file is a pickle: turn it into .safetensors with `server.py convert FILE --to safetensors --allow-pickle`.",),
 )
 
-EFFICIENCY = 0.7
+EFFICIENCY, _LAYER_S = 0.7, 0.001
+_BASE = 270 << 20
 _WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2, "i8": 1}
 
 
@@ -110,11 +111,12 @@ def estimate(shape: Shape, options: Mapping[str, Any], machine: Machine) -> Memo
         weights=0 if gpu else weights,
         cache=cache,
         compute=compute,
-        base=TORCH_BASE,
+        base=_BASE,
         loading=4 * shape.largest,
         vram=weights if gpu else 0,
         read=weights - shape.embedding * width,
         efficiency=EFFICIENCY,
+        step_s=_LAYER_S * shape.layers,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from loaders._estimate import FLOAT32_SHARE, TORCH_BASE, context_of, layer_cache, prefill_bytes
+from loaders._estimate import FLOAT32_SHARE, TRANSFORMERS_BASE, context_of, layer_cache, prefill_bytes
 from loaders._logits import BEAMS, THREADS, LogitsEngine, ctx_size, native_parameters, prefill_chunk
 from modules import sampling as table
 from modules.errors import UnsupportedParameter
@@ -101,7 +101,7 @@ SPEC = LoaderSpec(
     ),
 )
 
-EFFICIENCY = 0.7
+EFFICIENCY, _LAYER_S = 0.7, 0.0006
 
 
 def estimate(shape: Shape, options: Mapping[str, Any], machine: Machine) -> Memory:
@@ -128,11 +128,12 @@ def estimate(shape: Shape, options: Mapping[str, Any], machine: Machine) -> Memo
         weights=0 if gpu else weights,
         cache=0 if gpu else cache,
         compute=0 if gpu else compute,
-        base=TORCH_BASE,
+        base=TRANSFORMERS_BASE,
         loading=4 * shape.largest,
         vram=weights + cache + compute if gpu else 0,
         read=read,
         efficiency=EFFICIENCY,
+        step_s=_LAYER_S * shape.layers,
     )
 
 
