@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import hashlib
 import json
 import statistics
 import subprocess
@@ -23,10 +24,14 @@ CHATS, MESSAGES = 1000, 20
 WORDS = "the keeper of an old lighthouse wrote letters about storms ships lamps oil winter birds and the sea".split()
 
 
+def rare(chat: int) -> str:
+    return hashlib.sha256(str(chat).encode()).hexdigest()[:12]
+
+
 def text_of(chat: int, number: int) -> str:
-    """About 600 characters; `rareN` is in one chat only."""
+    """About 600 characters; its last word is in this chat only."""
     words = [WORDS[(chat * 7 + number * 3 + n * n) % len(WORDS)] for n in range(100)]
-    return " ".join([*words, f"rare{chat}"])
+    return " ".join([*words, rare(chat)])
 
 
 def nodes_of(chat: int, count: int) -> tuple[Any, ...]:
@@ -71,9 +76,9 @@ async def measure(store: Any, count: int) -> dict[str, float]:
     figures["open_20"] = await median_ms(lambda n: store.snapshot(chats[-1 - n]), count)
     figures["open_400"] = await median_ms(lambda n: store.snapshot(longest), count)
     figures["list_1000"] = await median_ms(lambda n: store.conversations(), count)
-    figures["search_rare"] = await median_ms(lambda n: store.conversations(f"rare{n * 7}"), count)
-    figures["search_common"] = await median_ms(lambda n: store.conversations("lighthouse keeper"), max(3, count // 10))
-    figures["search_short"] = await median_ms(lambda n: store.conversations("zz"), max(3, count // 10))
+    figures["search_rare"] = await median_ms(lambda n: store.conversations(rare(n * 7)), count)
+    figures["search_common"] = await median_ms(lambda n: store.conversations("lighthouse keeper"), max(3, count // 4))
+    figures["search_short"] = await median_ms(lambda n: store.conversations("zz"), max(3, count // 4))
     await store.close()
     return figures
 

@@ -134,5 +134,5 @@ def running(durable: bool = False) -> Iterator[Postgres]:
         yield server
     finally:
         if server is not None:
-            server.stop()
+            server.stop(kill=True)  # what it would write in an orderly end is removed at once
         shutil.rmtree(folder, ignore_errors=True)

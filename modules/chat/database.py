@@ -30,8 +30,8 @@ class Database(Protocol):
     def many(self, sql: str, values: Sequence[dict[str, Any]]) -> None:
         """Run it once for each."""
 
-    def pick(self, select: str, ids: Sequence[str]) -> Sequence[Row]:
-        """The rows of `select` whose `id` is among `ids`, in any order."""
+    def pick(self, select: str, column: str, values: Sequence[str] | Sequence[int]) -> Sequence[Row]:
+        """The rows of `select` whose `column` is among `values`, in any order."""
 
     def hold(self, conversation: str) -> None:
         """Until the end of the transaction, let no other one change this conversation's tree."""
@@ -62,11 +62,11 @@ class SqliteDatabase:
     def many(self, sql: str, values: Sequence[dict[str, Any]]) -> None:
         self._connection.executemany(sql, values)
 
-    def pick(self, select: str, ids: Sequence[str]) -> list[sqlite3.Row]:
+    def pick(self, select: str, column: str, values: Sequence[str] | Sequence[int]) -> list[sqlite3.Row]:
         rows: list[sqlite3.Row] = []
-        for begin in range(0, len(ids), 500):  # SQLite's limit on parameters is 999 in old builds
-            part = ids[begin : begin + 500]
-            rows += self._connection.execute(f"{select} WHERE id IN ({','.join('?' * len(part))})", part)
+        for begin in range(0, len(values), 500):  # SQLite's limit on parameters is 999 in old builds
+            part = values[begin : begin + 500]
+            rows += self._connection.execute(f"{select} WHERE {column} IN ({','.join('?' * len(part))})", part)
         return rows
 
     def hold(self, conversation: str) -> None:

@@ -86,8 +86,8 @@ class PostgresDatabase:
         if values:
             self._connection.execute(_text(sql), [_storable(row) for row in values])
 
-    def pick(self, select: str, ids: Sequence[str]) -> Sequence[Row]:
-        return self.all(f"{select} WHERE id = ANY(:ids)", ids=list(ids))
+    def pick(self, select: str, column: str, values: Sequence[str] | Sequence[int]) -> Sequence[Row]:
+        return self.all(f"{select} WHERE {column} = ANY(:values)", values=list(values)) if values else []
 
     def hold(self, conversation: str) -> None:
         self.run("SELECT id FROM conversations WHERE id = :id FOR UPDATE", id=conversation)
@@ -116,7 +116,7 @@ class PostgresSearch(Search):
             self.add(db, [row["id"] for row in rows])
 
     def add(self, db: Database, nodes: Sequence[str]) -> None:
-        found = db.pick("SELECT id, seq, text, status FROM nodes", nodes)
+        found = db.pick("SELECT id, seq, text, status FROM nodes", "id", nodes)
         rows = [{"seq": row["seq"], "folded": row["text"].casefold()} for row in found if row["status"] != "generating"]
         db.many(
             "INSERT INTO nodes_text (seq, folded) VALUES (:seq, :folded) "

@@ -46,12 +46,13 @@ _NODE_FIELDS = tuple(f.name for f in dataclasses.fields(Node))
 
 @dataclass(eq=False)
 class Writing:
-    """One answer that is being written, or could not be saved yet."""
+    """One answer that is being written, or could not be saved yet. `begun` is its node as it was then."""
 
     node: str
     conversation: str
     run: Run
     prefix: str
+    begun: Node
     checkpointed: int = 0
     final: dict[str, Any] | None = None
     saved: asyncio.Event = field(default_factory=asyncio.Event)
@@ -168,10 +169,14 @@ class ChatService:
         return writing
 
     async def final_node(self, writing: Writing) -> dict[str, Any]:
-        """The answer as it was saved, once its run is over."""
+        """The answer as it was saved, once its run is over; as it is in memory while the store can't be read."""
         await writing.saved.wait()
-        _, path = await self._store.path_to(writing.node)
-        return self.node_view(path[-1])
+        try:
+            node = (await self._store.path_to(writing.node))[1][-1]
+        except StorageError as error:
+            self._storage_failed(error)
+            node = writing.begun
+        return self.node_view(node)
 
     async def export(self, conversation: str) -> NewConversation:
         """The tree, with the texts in memory that are not on disk yet."""
@@ -284,7 +289,7 @@ class ChatService:
             return await builder.request(messages, answer, continued=continued)
 
         run = self._runs.start(prepare, None, warnings=warnings, run_id=run_id)
-        writing = Writing(node, snapshot.id, run, prefix)
+        writing = Writing(node, snapshot.id, run, prefix, snapshot.messages[-1])
         for old in [key for key in self._by_run if self._runs.get(key) is None]:
             del self._by_run[old]
         self._writing[node] = self._by_run[run_id] = writing

@@ -46,16 +46,17 @@ class Search(ABC):
         if not words:
             return [_summary(row, row["newest"] or "", []) for row in db.all(_LIST, limit=limit, **asked)]
         hits = self.matches(db, words)
-        found: list[Summary] = []
-        for row in db.all(_LIST, limit=_EVERYTHING, **asked):
-            if row["id"] in hits:
-                text = db.one("SELECT text FROM nodes WHERE seq = :seq", seq=hits[row["id"]])
-                found.append(_summary(row, text["text"] if text else "", words))
-            elif all(word in row["title"].casefold() for word in words):
-                found.append(_summary(row, row["newest"] or "", []))
-            if len(found) == limit:
-                break
-        return found
+        rows = [
+            row
+            for row in db.all(_LIST, limit=_EVERYTHING, **asked)
+            if row["id"] in hits or all(word in row["title"].casefold() for word in words)
+        ][:limit]
+        shown = [hits[row["id"]] for row in rows if row["id"] in hits]
+        texts = {row["seq"]: row["text"] for row in db.pick("SELECT seq, text FROM nodes", "seq", shown)}
+        return [
+            _summary(row, texts[hits[row["id"]]], words) if row["id"] in hits else _summary(row, row["newest"] or "", [])
+            for row in rows
+        ]
 
 
 class SqliteSearch(Search):

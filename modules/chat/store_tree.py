@@ -80,7 +80,7 @@ class Outline:
 
 
 def read_nodes(db: Database, outline: Outline, ids: list[str]) -> tuple[Node, ...]:
-    rows = {row["id"]: row for row in db.pick(f"SELECT {_NODE_COLUMNS} FROM nodes", ids)}
+    rows = {row["id"]: row for row in db.pick(f"SELECT {_NODE_COLUMNS} FROM nodes", "id", ids)}
     return tuple(_node(rows[i], tuple(outline.children[outline.parent[i]])) for i in ids)
 
 

@@ -70,9 +70,9 @@ async def test_the_database_goes_away_in_mid_turn_and_nothing_is_lost(postgres: 
         before = run.length
         await until(lambda: run.length > before)
         rig.chat.stop(run.id)
-        writing = rig.chat.writing(run.id)
-        await asyncio.wait_for(writing.saved.wait(), LIMIT_S)
-        assert writing.text == run.text and chat["id"]
+        final = await asyncio.wait_for(rig.chat.final_node(rig.chat.writing(run.id)), LIMIT_S)
+        assert (final["text"], final["status"], final["unsaved"]) == (run.text, "interrupted", True)
+        assert final["siblings"] == sent["messages"][-1]["siblings"]
         await asyncio.to_thread(postgres.start)
         await until(lambda: not rig.chat._writing)
         await until(lambda: not rig.chat._storage_fails)

@@ -500,3 +500,10 @@ async def test_without_pg_trgm_search_is_slower_and_the_same(
     await said(store, (await store.create()).id, "lighthouse")
     assert len(await store.conversations("LIGHT question")) == 1
     await store.close()
+
+
+def test_a_start_without_a_database_url_does_not_wait_for_its_packages(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; import modules.app; from modules.chat.places import open_place; "
+    code += f"open_place(Path({str(tmp_path)!r}), None); print([m for m in ('sqlalchemy', 'psycopg') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -112,7 +112,10 @@ class Walk:
         assert snapshot.leaf == parent
 
 
-@pytest.mark.parametrize("seed", range(8))
+WALKS = [("index", seed) for seed in range(8)] + [("postgresql", seed) for seed in range(4)]
+
+
+@pytest.mark.parametrize(("place", "seed"), WALKS, indirect=["place"])
 async def test_random_walks(place: Place, seed: int) -> None:
     store = place()
     await store.open()
