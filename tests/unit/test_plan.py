@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import dataclasses
 import json
 import math
+import platform
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from modules.config import Config
 from modules.detect import inspect
 from modules.download.hub import Hub
 from modules.errors import AppError, CannotFit
 from modules.plan import Fit, Machine, Memory, Shape, nearest, plan, verdict
 from modules.plan.admission import need_of, refusal
-from modules.plan.machine import parse_gpus
+from modules.plan.cli import add_parser, run
+from modules.plan.machine import instruction_sets, parse_gpus, usable_cores
 from modules.plan.planner import complete, contexts, estimate, estimator, size, tokens_per_second
 from modules.plan.repository import plan_repository
 from modules.plan.shape import read_shape
@@ -293,3 +297,55 @@ def test_a_hundred_gigabytes_are_planned_by_their_header(tmp_path: Path) -> None
     assert model.problem is None and model.size_bytes > 130 * GB
     fits = plan(model, MACHINE, SPECS.values(), Installed())
     assert fits and not any(fit.fits for fit in fits if fit.how == "load")
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def command(folder: Path, name: str, *flags: str) -> int:
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    config = Config(model_dir=folder, user_data_dir=folder / "data")
+    return run(parser.parse_args(["plan", name, *flags]), config)
+
+
+@pytest.fixture
+def measured(tmp_path: Path) -> None:
+    """A bandwidth that is known, so that the command measures none."""
+    key = f"{platform.machine()}, {usable_cores()} cores, {'+'.join(instruction_sets())}"
+    (tmp_path / "data").mkdir()
+    write_json(tmp_path / "data" / "machine.json", {"processor": key, "bandwidth": 20_000_000_000})
+
+
+@pytest.mark.usefixtures("measured")
+def test_the_command_shows_a_table_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hf_folder(tmp_path / "tiny")
+    assert command(tmp_path, "tiny") == 0
+    shown = capsys.readouterr().out
+    assert "memory read at about 20 GB/s" in shown and "Transformers" in shown and "float32" in shown
+    assert command(tmp_path, "tiny", "--json") == 0
+    made = json.loads(capsys.readouterr().out)
+    assert made["nearest"] == made["fits"][0] and made["machine"]["bandwidth"] == 2e10
+
+
+@pytest.mark.usefixtures("measured")
+@pytest.mark.parametrize("kind", ["empty", "cut", "beyond", "overflow", "no config", "no weights", "layers"])
+def test_a_broken_model_is_a_typed_problem(tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = hf_folder(tmp_path / "m") if kind in ("no config", "no weights", "layers") else tmp_path
+    if kind == "no config":
+        (folder / "config.json").unlink()
+    elif kind == "no weights":
+        (folder / "model.safetensors").unlink()
+    elif kind == "layers":
+        write_json(folder / "config.json", {**LLAMA_CONFIG, "num_hidden_layers": 10**12})
+    else:
+        tensors = gguf_tensors()
+        if kind == "beyond":
+            tensors["blk.0.attn_q.weight"] = ((32, 1 << 30), 0, 4096)
+        if kind == "overflow":
+            tensors["blk.0.attn_q.weight"] = ((32, 1 << 40, 1 << 40), 0, 4096)
+        raw = gguf_bytes(gguf_keys(), tensors)
+        (folder / "m.gguf").write_bytes({"empty": b"", "cut": raw[:200]}.get(kind, raw))
+    assert command(tmp_path, "m") == 1
+    said = capsys.readouterr().err
+    assert said.startswith("Switchyard: ") and said.count("\n") == 1
