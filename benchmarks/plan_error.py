@@ -30,7 +30,7 @@ from modules.plan.planner import tokens_per_second
 from modules.registry import discover
 from modules.schema import GenerationRequest, StopParams, TokenEvent
 
-ANSWER = 24
+ANSWER = 12
 MB = 1_000_000
 _MAP = re.compile(r"[0-9a-f]+-[0-9a-f]+ \S{4} \S+ \S+ \d+\s+(\S.*)?$")
 BUNDLED = [
@@ -143,7 +143,7 @@ async def measure(path: Path, loader: str, options: dict[str, Any], data: Path) 
         watch.end()
         forget_reads(client.pid)
         pairs = []
-        for _ in range(3):  # what else this machine does slows both alike
+        for _ in range(2):  # what else this machine does slows both alike
             bandwidth = measure_bandwidth()
             pairs.append((bandwidth, await generate(client, full[:32], ANSWER)))
         others, used = file_pages(client.pid, path)
