@@ -97,7 +97,8 @@ def load(path: str, options: dict[str, Any], progress: Progress) -> Loaded:
         )
     notes += [blind] if blind else []
     info = _describe(path, options, model, tokenizer, config, eos_ids, tuple(notes), torch)
-    info = replace(info, image_token=vision.token if vision else None)
+    if vision is not None:
+        info = replace(info, image_token=vision.token, image_tokens=vision.cost())
     return Loaded(model, text, info, input_device, eos_ids, vision)
 
 

@@ -50,6 +50,14 @@ class Vision:
         end = max((place + 1 for place, token in enumerate(ids) if token == self._token_id), default=0)
         return Seen(ids, tensors, hashlib.sha256("\n".join(files).encode("ascii")).hexdigest(), end)
 
+    def cost(self) -> int:
+        """Tokens that an ordinary picture takes of the context."""
+        from PIL import Image
+
+        picture = Image.new("RGB", (640, 480))
+        made = self._processor(text=[self.token], images=[picture], return_tensors="pt", add_special_tokens=False)
+        return int(made["input_ids"].shape[1])
+
 
 def open_vision(path: str, config: Any) -> tuple[Vision | None, str]:
     """(the processor of a model that sees, "") or (None, why there is none)."""
@@ -64,8 +72,12 @@ def open_vision(path: str, config: Any) -> tuple[Vision | None, str]:
     token = getattr(processor, "image_token", None)
     if getattr(processor, "image_processor", None) is None or not isinstance(token, str):
         return None, "Its images can't be read: the folder has no image processor (preprocessor_config.json)."
-    ids = processor.tokenizer.convert_tokens_to_ids(token)
-    return Vision(processor, token, int(ids)), ""
+    vision = Vision(processor, token, int(processor.tokenizer.convert_tokens_to_ids(token)))
+    try:
+        vision.cost()
+    except Exception as error:  # the same: a processor is code of many makers
+        return None, f"Its images can't be read: {str(error).splitlines()[0][:200]}"
+    return vision, ""
 
 
 def decode(data: bytes) -> Any:

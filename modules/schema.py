@@ -194,7 +194,8 @@ class ModelInfo:
     """What a loaded engine reports. `device_map` maps a device to the share of the weights on it. `slots` is how many generations
     it runs at once where that depends on its options; 0: as its loader says. `lacks` are features and samplers of its loader that
     this one model does without (a remote server that offers less); "tokenizer" among them: it has none that can be asked.
-    `image_token` stands for an image in a prompt; None: the model reads no images."""
+    `image_token` stands for an image in a prompt; None: the model reads no images. `image_tokens` is about how many of the
+    context an image takes."""
 
     name: str
     path: str
@@ -216,6 +217,7 @@ class ModelInfo:
     slots: int = 0
     lacks: tuple[str, ...] = ()
     image_token: str | None = None
+    image_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     import asyncio
 
     from modules.batch.jobs import BatchJobs
+    from modules.chat.attachments import Attachments
     from modules.chat.service import ChatService
     from modules.chat.store import ChatStore
     from modules.chat.templates import TemplateRenderer
@@ -46,6 +47,7 @@ class Services:
     manager: ModelManager
     runs: Runs
     templates: TemplateRenderer
+    attachments: Attachments
     settings: Settings
     model_settings: ModelSettings
     presets: Presets

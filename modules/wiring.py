@@ -8,6 +8,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable
 from typing import TYPE_CHECKING, Any
 
+from modules.chat.attachments import Attachments
 from modules.chat.places import open_place
 from modules.chat.templates import TemplateRenderer
 from modules.config import ROOT
@@ -102,6 +103,7 @@ def build_services(config: Config) -> Services:
         manager=manager,
         runs=Runs(manager),
         templates=TemplateRenderer(),
+        attachments=Attachments(config.user_data_dir / "attachments"),
         settings=settings,
         model_settings=model_settings,
         presets=presets,

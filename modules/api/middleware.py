@@ -34,7 +34,7 @@ OnResponse = Callable[[str, str, int, float], None]
 MAX_HEADERS = 256
 BODY_DEADLINE_S = 60.0
 MAX_REQUESTS = 512
-LARGE_BODIES = {"/ui-api/conversations/import": 256 << 20}
+LARGE_BODIES = {"/ui-api/conversations/import": 256 << 20, "/ui-api/attachments": 28 << 20}
 SAFE_METHODS = frozenset({"GET", "HEAD"})
 REVOCATION_CHECK_S = 3.0
 

@@ -8,6 +8,7 @@ from fastapi import APIRouter
 
 from modules.api import (
     remotes,
+    ui_attachments,
     ui_batch,
     ui_conversations,
     ui_downloads,
@@ -27,6 +28,7 @@ def build_router(services: Services) -> APIRouter:
     """All of it, over services whose `chat` is set."""
     router = APIRouter()
     router.include_router(ui_conversations.build_router(services.chat))
+    router.include_router(ui_attachments.build_router(services.attachments))
     router.include_router(ui_events.build_router(services))
     router.include_router(ui_library.build_router(services))
     router.include_router(ui_models.build_router(services))

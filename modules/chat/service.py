@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
+from modules.chat.attachments import with_images
 from modules.chat.store import NewConversation, Node, Notice, Snapshot, Status
 from modules.chat.turns import AnswerSettings, PromptBuilder, build_messages
 from modules.errors import AppError, Conflict, NotFound, StorageError
@@ -24,6 +25,7 @@ from modules.errors import AppError, Conflict, NotFound, StorageError
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Sequence
 
+    from modules.chat.attachments import Attachments
     from modules.chat.store import Change, ChatStore
     from modules.chat.templates import TemplateRenderer
     from modules.engine_client import EngineClient
@@ -71,6 +73,8 @@ class Parts(Protocol):
     def runs(self) -> Runs: ...
     @property
     def settings(self) -> Settings: ...
+    @property
+    def attachments(self) -> Attachments: ...
     @property
     def templates(self) -> TemplateRenderer: ...
     @property
@@ -286,7 +290,8 @@ class ChatService:
         async def prepare(resident: Resident, client: EngineClient) -> GenerationRequest:
             template = self._parts.chat_template(resident)
             builder = PromptBuilder(self._parts.templates, template, resident.info, client, warnings)
-            return await builder.request(messages, answer, continued=continued)
+            shown = await asyncio.to_thread(with_images, messages, self._parts.attachments, resident.info, warnings)
+            return await builder.request(shown, answer, continued=continued)
 
         run = self._runs.start(prepare, None, warnings=warnings, run_id=run_id)
         writing = Writing(node, snapshot.id, run, prefix, snapshot.messages[-1])

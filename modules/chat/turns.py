@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from modules import sampling
 from modules.chat.templates import FALLBACK_STOP
+from modules.chat.vision import images_of, shape
 from modules.errors import ContextLengthExceeded, InvalidParameter, TemplateError
 from modules.schema import ChatInput, GenerationRequest, StopParams, features_of
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from modules.engine_client import EngineClient
     from modules.schema import ModelInfo
 
-Message = dict[str, str]
+Message = dict[str, Any]
 
 # Of the context, the share kept free for the answer while older turns can make room.
 ANSWER_SHARE = 0.25
@@ -72,6 +73,7 @@ class Prompt:
 
     text: str
     messages: list[Message]
+    images: tuple[str, ...] = ()
     tokens: int | None = None
     token_ids: tuple[int, ...] | None = None
 
@@ -87,6 +89,7 @@ class PromptBuilder:
         self._info = info
         self._client = client
         self._warnings = warnings
+        self._image_tokens = info.image_tokens if info is not None else 0
         self._renders_itself = "messages" in features_of(client.spec, info)
 
     async def request(self, messages: list[Message], answer: AnswerSettings, *, continued: bool) -> GenerationRequest:
@@ -97,6 +100,7 @@ class PromptBuilder:
             secrets.token_hex(12),
             prompt=prompt.text if as_text and prompt.token_ids is None else None,
             token_ids=prompt.token_ids if as_text else None,
+            images=prompt.images,
             chat=None if as_text else ChatInput(tuple(prompt.messages), continued=continued),
             sampling=sampling.without_neutral(answer.sampling),
             stop=answer.stop_params(bool(self._template) or self._renders_itself),
@@ -110,8 +114,9 @@ class PromptBuilder:
         text = await self._render(messages, continued)
         reserve = min(max_tokens or context, int(context * ANSWER_SHARE))
         budget = context - max(1, reserve)
-        if not context or _surely_fits(text, budget):
-            return Prompt(text, messages)
+        images = images_of(messages)
+        if not context or _surely_fits(text, budget - len(images) * self._image_tokens):
+            return Prompt(text, messages, images)
         prompt = await self._count(text, messages)
         if (prompt.tokens or 0) <= budget:
             return prompt
@@ -161,9 +166,11 @@ class PromptBuilder:
 
     async def _count(self, text: str, messages: list[Message]) -> Prompt:
         if self._renders_itself:
-            return Prompt(text, messages, await self._client.count(text))
+            return Prompt(text, messages, tokens=await self._client.count(text))
         ids = tuple(await self._client.encode(text, False))
-        return Prompt(text, messages, len(ids), ids)
+        if images := images_of(messages):  # the worker puts their tokens in, so it wants the text
+            return Prompt(text, messages, images, len(ids) + len(images) * self._image_tokens)
+        return Prompt(text, messages, (), len(ids), ids)
 
     async def _render(self, messages: list[Message], continued: bool) -> str:
         """Templates differ in what they take: without a system role it goes into the first message, and a conversation that
@@ -189,7 +196,7 @@ class PromptBuilder:
         info = self._info
         return await self._renderer.render(
             self._template,
-            messages,
+            shape(messages, self._template, info.image_token if info else None),
             True,
             info.bos_token if info else None,
             info.eos_token if info else None,
@@ -208,7 +215,9 @@ def _adapted(messages: list[Message]) -> list[Message]:
     if turns and turns[0]["role"] == "assistant":
         turns = [{"role": "user", "content": OPENING}, *turns]
     if system and turns:
-        turns[0] = {"role": "user", "content": f"{system}\n\n{turns[0]['content']}"}
+        turns[0] = {**turns[0], "role": "user", "content": f"{system}\n\n{turns[0]['content']}"}
+        if "parts" in turns[0]:
+            turns[0]["parts"] = [{"type": "text", "text": f"{system}\n\n"}, *turns[0]["parts"]]
     return turns
 
 

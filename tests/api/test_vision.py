@@ -18,6 +18,7 @@ import pytest
 from modules.conformance.client import Api, Unsupported
 from modules.conformance.probes import PROBES
 from tests.api.conftest import Server
+from tests.api.test_ui_routes import Page
 from tests.conftest import ROOT
 from tests.pictures import BLUE, RED, bomb, data_url, encoded, gif, png
 
@@ -161,6 +162,22 @@ def test_ollama(seeing: Seeing) -> None:
     made = client.generate(model=MODEL, prompt=QUESTION, images=[PICTURES["blue"]], options=options)
     assert made.response == seeing.expected["blue"]["text"]
     assert "vision" in (client.show(MODEL).capabilities or [])
+
+
+def test_the_pages_chat(seeing: Seeing) -> None:
+    page = Page(seeing.server)
+    page.call("PUT", "settings", {"max_tokens": FEW, "sampling": {"temperature": 0}})
+    red = page.call("POST", "attachments", {"image": encoded(PICTURES["red"])})["name"]
+    answer = page.server.http.get(f"/ui-api/attachments/{red}")
+    assert answer.content == PICTURES["red"] and answer.headers["content-type"] == "image/png"
+    chat = page.new()
+    told = page.ask(chat, f"{QUESTION}\n\n![red.png](cid:{red})")["messages"]
+    assert told[1]["text"] == seeing.expected["red"]["text"]
+    more = page.ask(chat, "And now?")["messages"][-1]
+    usage = more["receipt"]["usage"]
+    assert (
+        usage["prompt_tokens"] > seeing.expected["red"]["prompt_tokens"] and usage["cached_tokens"] > 16
+    )  # the image is read once
 
 
 def test_capabilities_say_vision(seeing: Seeing) -> None:

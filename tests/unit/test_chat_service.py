@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
+from modules.chat.attachments import Attachments
 from modules.chat.service import ChatService
 from modules.chat.store_sqlite import SqliteChatStore
 from modules.chat.templates import TemplateRenderer
@@ -36,6 +37,7 @@ class Parts:
     settings: Settings
     templates: TemplateRenderer
     events: EventBus
+    attachments: Attachments
     template: str | None = TEMPLATE
 
     def chat_template(self, resident: Resident) -> str | None:
@@ -62,7 +64,7 @@ class Rig:
         )
         self.runs = Runs(self.manager)
         self.store: Any = store or SqliteChatStore(folder)
-        self.parts = Parts(self.store, self.runs, Settings(folder / "settings.yaml"), templates, self.events)
+        self.parts = Parts(self.store, self.runs, Settings(folder / "settings.yaml"), templates, self.events, Attachments(folder))
         self.chat = ChatService(self.parts, checkpoint_s=0.05)
         self.number = 0
 

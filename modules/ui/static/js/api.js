@@ -12,6 +12,9 @@ export class ApiError extends Error {
 
 export const url = (path) => new URL(path.replace(/^\//, ''), document.baseURI).href;
 
+/** Where the server has an image that messages refer to as `cid:NAME`. */
+export const attachmentUrl = (name) => url(`ui-api/attachments/${name}`);
+
 export async function api(method, path, body) {
   let response;
   try {

@@ -1,10 +1,11 @@
-// The box one types into: grows with its text, keeps a draft per chat, turns into Stop while an answer is written.
+// The box one types into: grows with its text, keeps a draft per chat, takes images, turns into Stop while an answer is written.
 
+import { Attachments } from './attachments.js';
 import { debounce, h, isPhone, local } from './dom.js';
 import { icon } from './icons.js';
 
 export class Composer {
-  /** `onsend(text)` resolves to true when the text was accepted; only then the box is emptied. */
+  /** `onsend(text)`, the text with the references of its images, resolves to true when the text was accepted; only then the box is emptied. */
   constructor({ onsend, onstop, oneditlast }) {
     this.onsend = onsend;
     this.busy = false;
@@ -21,10 +22,12 @@ export class Composer {
       icon('stop', 20),
     );
     this.hint = h('div', { class: 'sy-composer-hint' });
+    this.images = new Attachments();
     this.element = h(
       'form',
       { class: 'sy-composer' },
-      h('div', { class: 'sy-composer-box' }, this.area, this.sendButton, this.stopButton),
+      this.images.element,
+      h('div', { class: 'sy-composer-box' }, this.images.picker, this.images.button, this.area, this.sendButton, this.stopButton),
       this.hint,
     );
     this.element.addEventListener('submit', (event) => {
@@ -40,6 +43,7 @@ export class Composer {
         oneditlast();
       }
     });
+    this.images.takeFrom(this.element, this.area);
     const keep = debounce(() => this.#keepDraft(), 150);
     this.area.addEventListener('input', () => {
       this.frame ??= requestAnimationFrame(() => this.#fit());
@@ -60,18 +64,20 @@ export class Composer {
 
   async submit() {
     const text = this.area.value;
-    if (!text.trim() || this.busy || this.sending) return;
+    if (!(text.trim() || this.images.count) || this.busy || this.sending) return;
     this.sending = true;
     this.#buttons();
     const key = this.key;
     let accepted = false;
     try {
-      accepted = await this.onsend(text);
+      const references = await this.images.keep();
+      accepted = references !== null && (await this.onsend([text.trim() ? text : '', ...references].filter(Boolean).join('\n\n')));
     } finally {
       this.sending = false;
       this.#buttons();
     }
     if (!accepted) return;
+    this.images.clear();
     local.set(`sy-draft-${key}`, null);
     if (this.area.value === text) {
       this.area.value = '';
@@ -84,6 +90,7 @@ export class Composer {
   open(key) {
     if (key === this.key && this.area.value) return;
     if (this.area.value) this.#keepDraft();
+    if (key !== this.key && !this.sending) this.images.clear();
     this.key = key;
     this.area.value = local.get(`sy-draft-${key}`, '');
     this.#fit();

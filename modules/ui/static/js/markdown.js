@@ -2,6 +2,7 @@
 
 import { Marked } from '../vendor/marked/marked.esm.js';
 import DOMPurify from '../vendor/dompurify/purify.es.mjs';
+import { attachmentUrl } from './api.js';
 import { mathExtensions } from './math.js';
 
 const escapes = { '&': '&amp;', '<': '&lt;', '>': '&gt;', '"': '&quot;', "'": '&#39;' };
@@ -19,6 +20,8 @@ const TAGS = [
 const ATTRIBUTES = ['href', 'src', 'alt', 'title', 'start', 'align', 'colspan', 'rowspan', 'open', 'dir', 'lang', 'data-sy-lang', 'data-sy-math', 'data-sy-task'];
 const LINK = /^(?:https?:|mailto:|#)/i;
 const INLINE_IMAGE = /^data:image\/(?:png|jpeg|gif|webp);base64,/i;
+// An image that was attached to a message here; the server keeps it under this name.
+const ATTACHED = /^cid:([0-9a-f]{64}\.(?:png|jpeg|gif|webp))$/;
 
 const purify = DOMPurify(window);
 purify.addHook('afterSanitizeAttributes', (node) => {
@@ -35,6 +38,12 @@ purify.addHook('afterSanitizeAttributes', (node) => {
 function holdImage(node) {
   const source = node.getAttribute('src') || '';
   if (INLINE_IMAGE.test(source)) return;
+  const attached = ATTACHED.exec(source);
+  if (attached) {
+    node.setAttribute('src', attachmentUrl(attached[1]));
+    node.setAttribute('loading', 'lazy');
+    return;
+  }
   node.removeAttribute('src');
   if (/^https?:\/\//i.test(source)) node.setAttribute('data-sy-src', source);
 }
