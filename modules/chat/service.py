@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 from modules.chat.attachments import with_images
 from modules.chat.store import NewConversation, Node, Notice, Snapshot, Status
 from modules.chat.turns import AnswerSettings, PromptBuilder, build_messages
-from modules.errors import AppError, Conflict, NotFound, StorageError
+from modules.errors import AppError, Conflict, NotFound, StorageError, StorageUnreachable
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine, Sequence
@@ -407,7 +407,11 @@ class ChatService:
     def _storage_failed(self, error: StorageError) -> None:
         if not self._storage_fails:
             self._storage_fails = True
-            self.notify("error", f"{error} Chats go on in memory only: export what you need, it is lost if the server ends.")
+            if isinstance(error, StorageUnreachable):
+                rest = "Answers that are being written go on, and are saved when it is back."
+            else:
+                rest = "Chats go on in memory only: export what you need, it is lost if the server ends."
+            self.notify("error", f"{error} {rest}")
 
     def _saved(self) -> None:
         if self._store.memory_only is not None:

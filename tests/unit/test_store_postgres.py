@@ -256,9 +256,9 @@ async def test_a_server_that_was_only_cut_off_comes_back_and_goes_on_writing(
     while (await two.snapshot(chat)).messages[-1].status == "generating":
         await heard.until(chat)
     monkeypatch.undo()
+    await again.until(None)  # back, and told that it may have missed something
     assert await one.checkpoint(change.node, "g-q", "I live"), "its text is still its own"
     assert (await two.snapshot(chat)).messages[-1].status == "generating"
-    await again.until(None)  # back, and told that it may have missed something
     assert await one.finish(change.node, "g-q", text="whole", status="complete")
     assert texts(await two.snapshot(chat))[-1] == "whole"
 
