@@ -92,7 +92,7 @@ class Presence:
                     self._connect()
                     self._heard(None)
                 self._listen()
-            except (SQLAlchemyError, psycopg.Error) as error:
+            except (SQLAlchemyError, psycopg.Error, OSError, ValueError) as error:  # the last two: of a socket that is gone
                 log.debug("the database session ended: %s", type(error).__name__)
                 self._disconnect()
                 self._wait(None, RETRY_S)

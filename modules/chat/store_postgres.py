@@ -114,7 +114,7 @@ class PostgresChatStore(SqlChatStore):
         if self._presence is not None and sender == str(self._presence.number):
             return
         assert self._loop is not None
-        if not self._loop.is_closed():
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
             self._loop.call_soon_threadsafe(self._tell, conversation or None)
 
     def _tell(self, conversation: str | None) -> None:
