@@ -1,12 +1,14 @@
 """The chat store where its user waits for it: SQLite as it is, as it was (--before another checkout), and PostgreSQL beside.
 
-Every figure is a median in milliseconds, with every save on disk (PostgreSQL: on this machine, over a unix socket).
+Each store is a process of its own; they take turns, so that a busy machine is as busy for each. Figures are medians in
+milliseconds with every save on disk (PostgreSQL: on this machine, over a unix socket), ratios medians over the rounds.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import hashlib
 import json
 import statistics
@@ -22,6 +24,8 @@ from common import ROOT, Overlays, report
 
 CHATS, MESSAGES = 1000, 20
 WORDS = "the keeper of an old lighthouse wrote letters about storms ships lamps oil winter birds and the sea".split()
+ACTIONS = "send checkpoint_4k finish open_20 open_400 list_1000 search_rare search_common search_short".split()
+SLOW = ACTIONS[-4:]
 
 
 def rare(chat: int) -> str:
@@ -42,17 +46,11 @@ def nodes_of(chat: int, count: int) -> tuple[Any, ...]:
     return tuple(NewNode(str(n), parents[n], "assistant" if n % 2 else "user", text_of(chat, n)) for n in range(count))
 
 
-async def median_ms(action: Callable[[int], Awaitable[Any]], count: int) -> float:
-    times = []
-    for number in range(count):
-        begun = time.perf_counter()
-        await action(number)
-        times.append(time.perf_counter() - begun)
-    return round(statistics.median(times) * 1000, 3)
+# --- in the process of a store -----------------------------------------------------------------------------------------
 
 
-async def measure(store: Any, count: int) -> dict[str, float]:
-    """Fill a new store with CHATS chats, then time what the page does."""
+async def serve(store: Any) -> None:
+    """Fill a new store with CHATS chats; then a line `action count` asks for the median of so many."""
     from modules.chat.store import NewConversation
 
     await store.open()
@@ -60,86 +58,128 @@ async def measure(store: Any, count: int) -> dict[str, float]:
     for chat in range(CHATS):
         chats.append((await store.add_conversation(NewConversation(f"Chat {chat}", nodes_of(chat, MESSAGES)))).id)
     longest = (await store.add_conversation(NewConversation("Long", nodes_of(CHATS, 400)))).id
-    changes = []
+    print("ready", flush=True)
+    changes: list[Any] = []
+    finished = 0
 
-    async def send(number: int) -> None:
-        changes.append(await store.add_message(chats[number], "a question", client_id=f"c{number}", generation=f"g{number}"))
+    async def send(n: int) -> None:
+        key = f"k{len(changes)}"
+        changes.append(await store.add_message(chats[len(changes)], "a question", client_id=key, generation=key))
 
-    figures = {"send": await median_ms(send, count)}
-    node = changes[0].node
-    figures["checkpoint_4k"] = await median_ms(lambda n: store.checkpoint(node, "g0", "x" * 4096 + str(n)), count)
+    async def checkpoint(n: int) -> None:
+        number = len(changes) - 1
+        await store.checkpoint(changes[number].node, f"k{number}", "x" * 4096 + str(n))
 
     async def finish(n: int) -> None:
-        await store.finish(changes[n].node, f"g{n}", text=text_of(n, 1), status="complete")
+        nonlocal finished
+        await store.finish(changes[finished].node, f"k{finished}", text=text_of(n, 1), status="complete")
+        finished += 1
 
-    figures["finish"] = await median_ms(finish, count)
-    figures["open_20"] = await median_ms(lambda n: store.snapshot(chats[-1 - n]), count)
-    figures["open_400"] = await median_ms(lambda n: store.snapshot(longest), count)
-    figures["list_1000"] = await median_ms(lambda n: store.conversations(), count)
-    figures["search_rare"] = await median_ms(lambda n: store.conversations(rare(n * 7)), count)
-    figures["search_common"] = await median_ms(lambda n: store.conversations("lighthouse keeper"), max(3, count // 4))
-    figures["search_short"] = await median_ms(lambda n: store.conversations("zz"), max(3, count // 4))
+    does: dict[str, Callable[[int], Awaitable[Any]]] = {
+        "send": send,
+        "checkpoint_4k": checkpoint,
+        "finish": finish,
+        "open_20": lambda n: store.snapshot(chats[-1 - n]),
+        "open_400": lambda n: store.snapshot(longest),
+        "list_1000": lambda n: store.conversations(),
+        "search_rare": lambda n: store.conversations(rare(n * 7)),
+        "search_common": lambda n: store.conversations("lighthouse keeper"),
+        "search_short": lambda n: store.conversations("zz"),
+    }
+    for line in sys.stdin:
+        name, count = line.split()
+        times = []
+        for number in range(int(count)):
+            begun = time.perf_counter()
+            await does[name](number)
+            times.append(time.perf_counter() - begun)
+        print(statistics.median(times) * 1000, flush=True)
     await store.close()
-    return figures
 
 
-def one(place: str, count: int) -> None:
-    """In a process of its own, on the checkout that comes first in sys.path."""
-    folder = Path(tempfile.mkdtemp(prefix="switchyard-bench-"))
-    if "://" in place:
-        from modules.chat.store_postgres import PostgresChatStore
+def one(place: str) -> None:
+    with tempfile.TemporaryDirectory(prefix="switchyard-bench-") as folder:
+        if "://" in place:
+            from modules.chat.store_postgres import PostgresChatStore
 
-        store: Any = PostgresChatStore(place, folder)
-    else:
-        from modules.chat.store_sqlite import SqliteChatStore
+            store: Any = PostgresChatStore(place, Path(folder))
+        else:
+            from modules.chat.store_sqlite import SqliteChatStore
 
-        store = SqliteChatStore(folder)
-    print(json.dumps(asyncio.run(measure(store, count))))
-
-
-def run(tree: Path, place: str, count: int) -> dict[str, float]:
-    # The tree's modules first: what is imported later finds them there.
-    code = f"import sys; sys.path[:0] = [{str(tree)!r}]; import modules.chat.store_sqlite; "
-    code += f"sys.path[:0] = [{str(ROOT / 'benchmarks')!r}]; import store; store.one({place!r}, {count})"
-    done = subprocess.run(
-        [str(Overlays.find(ROOT).python("parent")), "-c", code], cwd=tree, capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return dict(json.loads(done.stdout))
+            store = SqliteChatStore(Path(folder))
+        asyncio.run(serve(store))
 
 
-def medians(runs: list[dict[str, float]]) -> dict[str, float]:
-    return {name: round(statistics.median(r[name] for r in runs), 3) for name in runs[0]}
+# --- in this one -------------------------------------------------------------------------------------------------------
+
+
+class Child:
+    """A store of one checkout in a process of its own."""
+
+    def __init__(self, tree: Path, place: str) -> None:
+        # The tree's modules first: what is imported later finds them there.
+        code = f"import sys; sys.path[:0] = [{str(tree)!r}]; import modules.chat.store_sqlite; "
+        code += f"sys.path[:0] = [{str(ROOT / 'benchmarks')!r}]; import store; store.one({place!r})"
+        python = str(Overlays.find(ROOT).python("parent"))
+        self.process = subprocess.Popen([python, "-c", code], cwd=tree, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.said()
+
+    def said(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"the store ended with {self.process.wait()}")
+        return line
+
+    def median(self, action: str, count: int) -> float:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{action} {count}\n")
+        self.process.stdin.flush()
+        return float(self.said())
+
+    def __enter__(self) -> Child:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--count", type=int, default=100, help="actions of each kind")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--count", type=int, default=20, help="actions of each kind in a round")
     parser.add_argument("--before", type=Path, help="another checkout, whose SQLite store is measured in turn with this one's")
     args = parser.parse_args()
     sys.path.insert(0, str(ROOT))
     from tests import postgres_lab
 
     reason = postgres_lab.why_not()
-    runs: dict[str, list[dict[str, float]]] = {}
-    with report("store") as figures:
-        for _ in range(args.repetitions):
-            if args.before:
-                runs.setdefault("sqlite_before", []).append(run(args.before.resolve(), "sqlite", args.count))
-            runs.setdefault("sqlite", []).append(run(ROOT, "sqlite", args.count))
-            if reason is None:
-                with postgres_lab.running(durable=True) as server:
-                    runs.setdefault("postgresql", []).append(run(ROOT, server.database(), args.count))
-        figures.update({name: medians(found) for name, found in runs.items()})
-        for other in ("sqlite_before", "postgresql"):
-            if other in figures:
-                up, down = ("sqlite", other) if other == "sqlite_before" else (other, "sqlite")
-                figures[f"{up}_to_{down}"] = {n: round(figures[up][n] / figures[down][n], 2) for n in figures["sqlite"]}
-        figures |= {"chats": CHATS, "messages": MESSAGES, "repetitions": args.repetitions, "count": args.count}
-        if reason is not None:
+    with report("store") as figures, contextlib.ExitStack() as stack:
+        stores = {"sqlite": stack.enter_context(Child(ROOT, "sqlite"))}
+        if args.before:
+            stores["sqlite_before"] = stack.enter_context(Child(args.before.resolve(), "sqlite"))
+        if reason is None:
+            server = stack.enter_context(postgres_lab.running(durable=True))
+            stores["postgresql"] = stack.enter_context(Child(ROOT, server.database()))
+        else:
             figures["postgresql_skipped"] = reason
+        times: dict[str, dict[str, list[float]]] = {name: {action: [] for action in ACTIONS} for name in stores}
+        for number in range(args.rounds):
+            for action in ACTIONS:
+                count = max(2, args.count // 5) if action in SLOW else args.count
+                for name in sorted(stores, reverse=bool(number % 2)):
+                    times[name][action].append(stores[name].median(action, count))
+        for name in stores:
+            figures[name] = {action: round(statistics.median(times[name][action]), 2) for action in ACTIONS}
+        for above, below in (("sqlite", "sqlite_before"), ("postgresql", "sqlite")):
+            if above in times and below in times:
+                figures[f"{above}_to_{below}"] = {
+                    action: round(statistics.median(a / b for a, b in zip(times[above][action], times[below][action], strict=True)), 2)
+                    for action in ACTIONS
+                }  # fmt: skip
+        figures |= {"chats": CHATS, "messages": MESSAGES, "rounds": args.rounds, "count": args.count}
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from modules.chat import store_files, store_memory
+from modules.chat.places import is_url, open_place
 from modules.chat.schema_sql import MIGRATIONS
 from modules.chat.store_sqlite import SqliteChatStore
 from modules.errors import StorageError, StorageFull, StorageReadOnly, StoreLocked
@@ -410,10 +411,10 @@ CHILD = """
 import asyncio, json, sys
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
-from modules.chat.store_sqlite import SqliteChatStore
+from modules.chat.places import is_url, open_place
 
 async def main():
-    store = SqliteChatStore(Path(sys.argv[2]))
+    store = open_place(sys.argv[2] if is_url(sys.argv[2]) else Path(sys.argv[2]), None)
     await store.open()
     run = sys.argv[3]
     chat = (await store.create(run)).id
@@ -438,15 +439,17 @@ asyncio.run(main())
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
-async def test_nothing_acknowledged_is_lost_to_a_kill(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["sqlite", "postgresql"])
+async def test_nothing_acknowledged_is_lost_to_a_kill(tmp_path: Path, kind: str, request: pytest.FixtureRequest) -> None:
     """SWITCHYARD_KILL_ROUNDS sets the number of kills (1000 for the full run)."""
-    rounds = int(os.environ.get("SWITCHYARD_KILL_ROUNDS", "12"))
+    place = str(tmp_path) if kind == "sqlite" else str(request.getfixturevalue("postgres").database())
+    rounds = int(os.environ.get("SWITCHYARD_KILL_ROUNDS", "12" if kind == "sqlite" else "6"))
     chance = random.Random(rounds)
     acknowledged: dict[str, dict[str, Any]] = {}
     chats: set[str] = set()
     for number in range(rounds):
         child = subprocess.Popen(
-            [sys.executable, "-c", CHILD, str(ROOT), str(tmp_path), f"run{number}"], stdout=subprocess.PIPE, encoding="utf-8"
+            [sys.executable, "-c", CHILD, str(ROOT), place, f"run{number}"], stdout=subprocess.PIPE, encoding="utf-8"
         )
         assert child.stdout is not None
         first = child.stdout.readline()
@@ -462,8 +465,8 @@ async def test_nothing_acknowledged_is_lost_to_a_kill(tmp_path: Path) -> None:
                 if "node" in said:
                     acknowledged[said["node"]] = said
         if number % 25 == 24 or number == rounds - 1:
-            store, notices = await reopened(tmp_path)
-            assert not [text for text in notices if "could not be read" in text]
+            store = open_place(place if is_url(place) else tmp_path, None)
+            assert not [notice.text for notice in await store.open() if "could not be read" in notice.text]
             found = {node.key: node for chat in chats for node in (await store.export(chat)).nodes}
             for node, said in acknowledged.items():
                 assert found[node].text.startswith(said["text"]), "a later checkpoint may have got through, an earlier one not"
