@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from loaders._remote_identify import Found, find
 from loaders._remote_kinds import form_fields, stop_fields, to_native
-from loaders._remote_read import ChatReader, Chunk, read_chunk
+from loaders._remote_read import ChatReader, Chunk, prompt_estimate, read_chunk
 from loaders._remote_text import RemoteTokenizer
 from modules.errors import AppError, ContextLengthExceeded, EngineError, RemoteBusy, RemoteError, UnsupportedParameter
 from modules.remotes.connection import Connection
@@ -139,13 +139,19 @@ class Remote:
         return Done(
             request.request_id,
             reason,  # type: ignore[arg-type]
-            end.usage or Usage(0, count),
+            end.usage or Usage(await self._prompt_tokens(request), count),
             Timings(first - begun, now - first),
             stop_match=matcher.match or end.stop_match,
             applied=applied if isinstance(applied, dict) else _applied(body),
             ignored={**ignored, **({str(k): str(v) for k, v in told.items()} if isinstance(told, dict) else {})},
             seed=receipt["seed"] if isinstance(receipt.get("seed"), int) else seed if "seed" in body else None,
         )
+
+    async def _prompt_tokens(self, request: GenerationRequest) -> int:
+        """How many the prompt had, where the server does not say: counted if it can be, else an estimate."""
+        if request.prompt is None or self._no_tokenizer:
+            return prompt_estimate(request)
+        return len(await self.tokenizer.encode(request.prompt, request.add_special))
 
     async def _events(self, path: str, body: dict[str, Any]) -> Any:
         """The server's events; before the first, a busy server is asked again as often as the options say."""

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from modules.schema import TokenLogprob, Usage
+from modules.schema import GenerationRequest, TokenLogprob, Usage
 
 
 @dataclass
@@ -170,3 +170,12 @@ def _from_lists(value: dict[str, Any], most: int) -> list[TokenLogprob]:
 
 def _float(value: Any) -> float:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else 0.0
+
+
+def prompt_estimate(request: GenerationRequest) -> int:
+    """Tokens of a prompt before the server has counted them: about four bytes each."""
+    if request.token_ids is not None:
+        return len(request.token_ids)
+    if request.chat is not None:
+        return sum(len(str(m.get("content") or "").encode("utf-8", "replace")) // 4 + 4 for m in request.chat.messages)
+    return max(1, len((request.prompt or "").encode("utf-8", "replace")) // 4)

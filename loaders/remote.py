@@ -196,6 +196,8 @@ class RemoteEngine(Engine):
         self._news.clear()
 
     def generate(self, request: GenerationRequest, cancel: CancelToken) -> Iterator[Event | None]:
+        from loaders._remote_read import prompt_estimate
+
         seed = request.sampling.get("seed", -1)
         seed = random.randrange(2**31) if seed < 0 else seed
         items: queue.SimpleQueue[TokenEvent | Done | Exception] = queue.SimpleQueue()
@@ -209,7 +211,7 @@ class RemoteEngine(Engine):
         work = asyncio.run_coroutine_threadsafe(self._loaded.answer(request, seed, room, put), self._loop)
         first: float | None = None
         count = 0
-        prompt = _estimate(request)
+        prompt = prompt_estimate(request)
         yield PrefillProgress(request.request_id, prompt, prompt)
         try:
             while True:
@@ -233,12 +235,3 @@ class RemoteEngine(Engine):
                     return
         finally:
             work.cancel()
-
-
-def _estimate(request: GenerationRequest) -> int:
-    """Tokens of a prompt before the server has counted them: about four bytes each."""
-    if request.token_ids is not None:
-        return len(request.token_ids)
-    if request.chat is not None:
-        return sum(len(str(m.get("content") or "").encode("utf-8", "replace")) // 4 + 4 for m in request.chat.messages)
-    return max(1, len((request.prompt or "").encode("utf-8", "replace")) // 4)

@@ -55,10 +55,10 @@ function form(again) {
   const kind = select(Object.entries(KINDS), 'auto', { testid: 'remote-kind' });
   const add = h('button', { type: 'submit', class: 'sy-button sy-primary', 'data-testid': 'remote-add' }, 'Add');
   const problem = h('p', { class: 'sy-card-error', role: 'alert', hidden: true, dir: 'auto' });
-  const box = h('form', { class: 'sy-card sy-remote-form', 'data-testid': 'remote-form', novalidate: true },
+  const box = h('form', { class: 'sy-card sy-tool sy-remote-form', 'data-testid': 'remote-form', novalidate: true },
     h('h3', {}, 'Add a server'),
     h('p', { class: 'sy-hint' }, 'Any server with an OpenAI-compatible API. What you write in its chats is sent to it.'),
-    h('div', { class: 'sy-remote-fields' },
+    h('div', { class: 'sy-fields' },
       field('Name', name, 'Its models are called remote/NAME/MODEL.'),
       field('Address', url, 'It usually ends with /v1.'),
       field('Key', key, 'Where it needs one. Kept on this machine, never shown again.'),
