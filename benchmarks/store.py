@@ -10,7 +10,6 @@ import argparse
 import asyncio
 import contextlib
 import hashlib
-import json
 import statistics
 import subprocess
 import sys
@@ -146,6 +145,11 @@ class Child:
         self.process.wait()
 
 
+def ratio(above: list[float], below: list[float]) -> float:
+    """The median over the rounds."""
+    return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 2)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
@@ -175,10 +179,7 @@ def main() -> None:
             figures[name] = {action: round(statistics.median(times[name][action]), 2) for action in ACTIONS}
         for above, below in (("sqlite", "sqlite_before"), ("postgresql", "sqlite")):
             if above in times and below in times:
-                figures[f"{above}_to_{below}"] = {
-                    action: round(statistics.median(a / b for a, b in zip(times[above][action], times[below][action], strict=True)), 2)
-                    for action in ACTIONS
-                }  # fmt: skip
+                figures[f"{above}_to_{below}"] = {action: ratio(times[above][action], times[below][action]) for action in ACTIONS}
         figures |= {"chats": CHATS, "messages": MESSAGES, "rounds": args.rounds, "count": args.count}
 
 
