@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from modules.services import Services
 STATIC = Path(__file__).parent / "static"
-STYLES = ("tokens", "shell", "chat", "message", "models", "measure", "gradio")
+STYLES = ("tokens", "shell", "chat", "message", "models", "library", "measure", "gradio")
 HEAD = "\n".join(f'<link rel="stylesheet" href="./ui-static/css/{name}.css">' for name in STYLES) + (
     '\n<link rel="icon" type="image/svg+xml" href="./ui-static/icon.svg">'
     '\n<link rel="modulepreload" href="./ui-static/js/chatview.js">'

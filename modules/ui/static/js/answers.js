@@ -2,7 +2,7 @@
 
 import { post } from './api.js';
 import { h } from './dom.js';
-import { button } from './modelspage.js';
+import { button } from './form.js';
 import { fail } from './toast.js';
 
 /** The same order for the same run and question, and no order that tells who is who. */

@@ -1,8 +1,8 @@
 // The list of backends: which are ready, and what the others lack.
 
 import { h } from './dom.js';
+import { InstallProgress } from './installs.js';
 import { watchModels } from './models.js';
-import { button } from './modelspage.js';
 
 function loaderRow(loader) {
   const state = loader.ready ? 'ready' : loader.installed ? 'loading' : 'empty';
@@ -13,7 +13,7 @@ function loaderRow(loader) {
     h('p', { class: 'sy-hint' }, loader.summary),
     loader.reason ? h('p', { class: 'sy-card-reason' }, loader.reason) : '',
     loader.fix ? h('p', { class: 'sy-card-fix' }, 'Fix: ', h('code', {}, loader.fix)) : '',
-    h('div', { class: 'sy-card-actions' }, !loader.installed && loader.fix ? button('Install', () => window.switchyard.install(loader.name)) : ''),
+    !loader.installed && loader.fix && loader.overlay ? new InstallProgress(loader.name, loader.overlay).element : '',
   );
 }
 
@@ -25,5 +25,9 @@ export function mount({ element }) {
   root.classList.add('sy-models');
   const list = h('ul', { class: 'sy-cards' });
   root.replaceChildren(h('div', { class: 'sy-page-head' }, h('h2', {}, 'Backends')), list);
-  watchModels(({ loaders }) => list.replaceChildren(...loaders.map(loaderRow)));
+  let drawn = null;
+  watchModels(({ loaders }) => {
+    if (drawn !== loaders) list.replaceChildren(...loaders.map(loaderRow)); // a load's progress changes nothing here
+    drawn = loaders;
+  });
 }

@@ -3,10 +3,9 @@
 import { del, get, on, overtaken, post, url } from './api.js';
 import { confirmDialog } from './dialog.js';
 import { ago, bytes, h, plural } from './dom.js';
-import { duration, field, progressBar, select } from './form.js';
+import { button, duration, field, progressBar, select } from './form.js';
 import { icon } from './icons.js';
 import { activeResident, modelName, models, watchModels } from './models.js';
-import { button } from './modelspage.js';
 import { fail, toast } from './toast.js';
 
 const PIECE = 1 << 20;

@@ -46,6 +46,9 @@ export function openDialog({ title, body, actions = [], wide = false, testid = '
   });
 }
 
+/** Close the open box of this name, as its cross does. */
+export const closeDialog = (testid) => document.querySelector(`dialog[data-testid="${testid}"]`)?.dispatchEvent(new Event('cancel', { cancelable: true }));
+
 export const confirmDialog = (title, text, label, danger = true) =>
   openDialog({ title, body: h('p', {}, text), actions: [{ label: 'Cancel', value: false }, { label, value: true, primary: true, danger }] });
 

@@ -3,9 +3,8 @@
 import { del, get, post, url } from './api.js';
 import { confirmDialog } from './dialog.js';
 import { ago, h } from './dom.js';
-import { svgOf } from './form.js';
+import { button, svgOf } from './form.js';
 import { Answers } from './answers.js';
-import { button } from './modelspage.js';
 import { fail } from './toast.js';
 
 const STATES = { running: 'Running', done: 'Done', partial: 'With errors', cancelled: 'Stopped', interrupted: 'Interrupted', damaged: 'Damaged' };

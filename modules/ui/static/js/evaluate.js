@@ -2,9 +2,8 @@
 
 import { get, on, post, put } from './api.js';
 import { h, local, plural } from './dom.js';
-import { bar, field, fileButton, numberInput, progressBar, select, textInput, tick } from './form.js';
+import { bar, button, field, fileButton, numberInput, progressBar, select, textInput, tick } from './form.js';
 import { models, watchModels } from './models.js';
-import { button } from './modelspage.js';
 import { Results } from './evalresults.js';
 import { fail, toast } from './toast.js';
 

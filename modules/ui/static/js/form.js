@@ -5,6 +5,9 @@ import { h } from './dom.js';
 let serial = 0;
 const nextId = () => `sy-f-${(serial += 1)}`;
 
+export const button = (label, run, primary = false, testid = null) =>
+  h('button', { type: 'button', class: `sy-button${primary ? ' sy-primary' : ''}`, onclick: run, 'data-testid': testid }, label);
+
 /** A label over a control, with help below it. */
 export function field(label, control, help = '', wide = false) {
   control.id ||= nextId();

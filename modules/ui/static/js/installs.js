@@ -1,10 +1,55 @@
-// A slim bar for backends that are installed in the background, with their log one click away.
+// Installations in the background: a slim bar at the top of the page, and the progress and log beside a backend.
 
-import { on } from './api.js';
+import { on, post } from './api.js';
 import { h } from './dom.js';
+import { button, progressBar } from './form.js';
 import { icon } from './icons.js';
+import { fail } from './toast.js';
 
 const LINES = 400;
+
+// The last picture and the log of each environment, kept here so that a card drawn later has them, too.
+const jobs = new Map();
+
+function keep(event) {
+  const job = jobs.get(event.overlay) || { lines: [] };
+  if (event.line && event.line !== job.lines.at(-1)) job.lines.push(event.line);
+  if (job.lines.length > LINES) job.lines.splice(0, job.lines.length - LINES);
+  jobs.set(event.overlay, { ...event, lines: job.lines });
+}
+on('install', keep);
+
+/** An Install button that becomes the progress of that installation, with its log. */
+export class InstallProgress {
+  constructor(loader, overlay) {
+    this.overlay = overlay;
+    this.loader = loader;
+    this.element = h('div', { class: 'sy-install-here', 'data-testid': 'install-here' });
+    const stop = on('install', (event) => {
+      if (!this.element.isConnected && this.seen) stop();
+      else if (event.overlay === overlay) this.#draw();
+      this.seen ||= this.element.isConnected;
+    });
+    this.#draw();
+  }
+
+  #draw() {
+    const job = jobs.get(this.overlay);
+    const running = job && (job.state === 'queued' || job.state === 'running');
+    const open = this.element.querySelector('details')?.open;
+    const act = (path) => post(`loaders/${encodeURIComponent(this.loader)}/install${path}`).catch(fail);
+    const log = h('pre', { class: 'sy-install-log', tabindex: '0' }, job?.lines.join('\n') || '');
+    this.element.replaceChildren(
+      running ? progressBar(job.fraction, `Installing ${this.overlay}`) : '',
+      running ? h('p', { class: 'sy-hint' }, `${job.state === 'queued' ? 'Waiting' : 'Installing'}: ${job.stage}`) : '',
+      job?.state === 'failed' ? h('p', { class: 'sy-card-error' }, job.stage) : '',
+      job?.state === 'done' ? h('p', { class: 'sy-hint' }, 'Installed.') : '',
+      job?.lines.length ? h('details', { open }, h('summary', {}, 'Log'), log) : '',
+      h('div', { class: 'sy-card-actions' }, running ? button('Stop', () => act('/cancel')) : '', running || job?.state === 'done' ? '' : button('Install', () => act(''), false, 'install')),
+    );
+    log.scrollTop = log.scrollHeight;
+  }
+}
 
 export class InstallBar {
   constructor() {

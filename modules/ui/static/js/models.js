@@ -1,10 +1,10 @@
 // What is loaded, for every part of the page that shows it. Fed by /ui-api/models and the `models` event.
 
 import { get, on, overtaken, post } from './api.js';
-import { bytes } from './dom.js';
+import { bytes, debounce } from './dom.js';
 import { fail, toast } from './toast.js';
 
-export const models = { state: 'unknown', residents: [], active: null, memory: {}, list: [], loaders: [] };
+export const models = { state: 'unknown', residents: [], active: null, memory: {}, list: [], loaders: [], make: {}, can_open: false };
 const watchers = new Set();
 
 /** Call `fn(models)` now and after every change. */
@@ -31,6 +31,7 @@ export async function refreshModels() {
 export function startModels() {
   on('models', take);
   on('resync', refreshModels);
+  on('library', debounce(() => refreshModels().then(() => window.switchyard?.refreshControls()), 200));
   return refreshModels();
 }
 
@@ -38,6 +39,13 @@ export const activeResident = () => models.residents.find((resident) => resident
 export const loadingResident = () => models.residents.find((resident) => resident.state === 'loading') || null;
 export const modelName = (resident) => resident?.model?.id ?? resident?.model ?? '';
 export const loaderTitle = (name) => models.loaders.find((loader) => loader.name === name)?.title || name;
+
+/** The Evaluate page with these models chosen. Gradio draws that page when it is first opened. */
+export async function compare(ids) {
+  window.switchyard.page('evaluate');
+  for (let waited = 0; !window.switchyard.evaluate && waited < 10_000; waited += 50) await new Promise((resolve) => setTimeout(resolve, 50));
+  window.switchyard.evaluate?.(ids);
+}
 
 /** Start a load; the progress arrives by events. Resolves to the resident, or null after an error was shown. */
 export async function loadModel(body) {

@@ -1,15 +1,19 @@
-// The models page: what is in memory and what can be loaded.
+// The models page: what is in memory, what can be loaded, what is being fetched or made.
 
 import { post } from './api.js';
-import { bytes, h } from './dom.js';
-import { icon } from './icons.js';
+import { bytes, debounce, h, plural } from './dom.js';
+import { Downloads } from './downloads.js';
+import { button, select, textInput } from './form.js';
 import { loaderTitle, loadModel, modelName, models, refreshModels, unloadModel, watchModels } from './models.js';
+import { modelCard } from './modelcard.js';
+import { importSettings, showTrash } from './modelactions.js';
+import { MakeJobs } from './makes.js';
 import { fail } from './toast.js';
 
-export const button = (label, run, primary = false, testid = null) =>
-  h('button', { type: 'button', class: `sy-button${primary ? ' sy-primary' : ''}`, onclick: run, 'data-testid': testid }, label);
-
 const STATES = { loading: 'Loading', ready: 'Ready', unloading: 'Unloading', failed: 'Failed' };
+// So many cards at a time: a thousand models must not hold the page up.
+const SHOWN = 60;
+const ORDERS = { name: (a, b) => a.id.localeCompare(b.id), large: (a, b) => b.size_bytes - a.size_bytes, small: (a, b) => a.size_bytes - b.size_bytes };
 
 function residentCard(resident) {
   const facts = [
@@ -36,28 +40,50 @@ function residentCard(resident) {
   );
 }
 
-function modelRow(model) {
-  const backends = model.loaders || [];
-  const usable = backends.filter((loader) => loader.ok);
-  const facts = [
-    model.architecture,
-    model.quantization?.method,
-    model.parameters ? `${(model.parameters / 1e6).toFixed(model.parameters < 1e8 ? 1 : 0)} M parameters` : null,
-    model.context_length ? `context ${model.context_length}` : null,
-    model.size_bytes ? bytes(model.size_bytes) : null,
-  ];
-  const reasons = backends.filter((loader) => !loader.ok);
-  return h(
-    'li',
-    { class: 'sy-card', 'data-testid': 'model-row', 'data-model': model.id },
-    h('div', { class: 'sy-model-head' }, h('strong', { dir: 'auto' }, model.id), h('span', { class: 'sy-badge' }, model.format.toUpperCase()), model.bundled ? h('span', { class: 'sy-badge' }, 'bundled') : ''),
-    h('p', { class: 'sy-hint' }, facts.filter(Boolean).join(' · ')),
-    model.problem ? h('p', { class: 'sy-card-error', dir: 'auto' }, icon('warning', 16), ` ${model.problem}`) : '',
-    h('div', { class: 'sy-card-actions' }, usable.map((loader, at) => button(at === 0 ? `Load with ${loader.title}` : loader.title, () => loadModel({ model: model.id, loader: loader.name }), at === 0))),
-    reasons.length
-      ? h('details', {}, h('summary', {}, `Why not the other ${reasons.length === 1 ? 'backend' : `${reasons.length} backends`}?`), h('ul', {}, reasons.map((loader) => h('li', {}, h('strong', {}, loader.title), `: ${loader.reason}`))))
-      : '',
-  );
+class ModelList {
+  constructor() {
+    this.shown = SHOWN;
+    this.filter = textInput('', { placeholder: 'Find a model: name, format, architecture', testid: 'model-filter' });
+    this.filter.type = 'search';
+    this.filter.setAttribute('aria-label', 'Find a model');
+    this.filter.addEventListener('input', debounce(() => this.#again(), 120));
+    this.order = select([['name', 'By name'], ['large', 'Largest first'], ['small', 'Smallest first']], 'name', { testid: 'model-order' });
+    this.order.setAttribute('aria-label', 'Order');
+    this.order.addEventListener('change', () => this.#again());
+    this.count = h('span', { class: 'sy-hint', role: 'status', 'data-testid': 'model-count' });
+    this.cards = h('ul', { class: 'sy-cards' });
+    this.more = button('Show more', () => this.#more(), false, 'more-models');
+    this.element = h('div', {}, h('div', { class: 'sy-find' }, this.filter, this.order, this.count), this.cards, this.more);
+    // The button is what works without a pointer; scrolling to it is the same.
+    new IntersectionObserver((entries) => entries.some((entry) => entry.isIntersecting) && this.#more()).observe(this.more);
+  }
+
+  #again() {
+    this.shown = SHOWN;
+    this.draw(models.list);
+  }
+
+  #more() {
+    if (this.more.hidden) return;
+    const from = this.shown;
+    this.shown += SHOWN;
+    this.cards.append(...this.found.slice(from, this.shown).map(modelCard));
+    this.more.hidden = this.found.length <= this.shown;
+  }
+
+  draw(list) {
+    const words = this.filter.value.toLowerCase().split(/\s+/).filter(Boolean);
+    const text = (model) => [model.id, model.format, model.architecture, model.quantization?.method, model.license].join(' ').toLowerCase();
+    this.found = list.filter((model) => words.every((word) => text(model).includes(word))).sort(ORDERS[this.order.value]);
+    this.count.textContent = words.length ? `${this.found.length} of ${plural(list.length, 'model')}` : plural(list.length, 'model');
+    const open = new Set([...this.cards.querySelectorAll('li:has(details[open])')].map((row) => row.dataset.model));
+    const focused = this.cards.contains(document.activeElement) ? [document.activeElement.closest('li')?.dataset.model, document.activeElement.dataset.testid] : null;
+    this.cards.replaceChildren(...this.found.slice(0, this.shown).map(modelCard));
+    for (const row of this.cards.children) if (open.has(row.dataset.model)) row.querySelector('details')?.setAttribute('open', '');
+    if (focused?.[0] && focused[1]) this.cards.querySelector(`[data-model="${CSS.escape(focused[0])}"] [data-testid="${focused[1]}"]`)?.focus();
+    this.more.hidden = this.found.length <= this.shown;
+    if (!this.found.length) this.cards.replaceChildren(h('li', { class: 'sy-hint' }, words.length ? 'No model is called so.' : 'No model is here yet: download one above, or put files into the model folder.'));
+  }
 }
 
 export function mount({ element }) {
@@ -66,24 +92,29 @@ export function mount({ element }) {
   root.dataset.mounted = '1';
   const memory = h('span', { class: 'sy-hint' });
   const residents = h('div', { class: 'sy-cards' });
-  const list = h('ul', { class: 'sy-cards' });
+  const list = new ModelList();
+  const downloads = new Downloads();
+  const again = () => refreshModels().then(() => window.switchyard?.refreshControls());
   root.replaceChildren(
     h('div', { class: 'sy-page-head' }, h('h2', {}, 'In memory'), memory),
     residents,
-    h('div', { class: 'sy-page-head' }, h('h2', {}, 'Models'), button('Refresh', () => refreshModels().then(() => window.switchyard?.refreshControls()), false, 'refresh-models')),
-    list,
+    h('div', { class: 'sy-page-head' }, h('h2', {}, 'Models'),
+      h('div', { class: 'sy-head-actions' },
+        button('Download…', () => downloads.open(), true, 'download-open'),
+        button('Import settings…', () => importSettings(), false, 'import-settings'),
+        button('Trash', () => showTrash(), false, 'open-trash'),
+        button('Refresh', again, false, 'refresh-models'))),
+    downloads.element,
+    new MakeJobs().element,
+    list.element,
   );
+  let drawn = null;
   watchModels(() => {
     const { total, available } = models.memory || {};
     memory.textContent = total ? `${bytes(available)} of ${bytes(total)} free on this machine` : '';
     residents.replaceChildren(...(models.residents.length ? models.residents.map(residentCard) : [h('p', { class: 'sy-hint' }, 'No model is loaded.')]));
-    keepOpen(list, models.list.map(modelRow));
+    if (drawn === models.list) return; // a load's progress changes nothing here
+    drawn = models.list;
+    list.draw(models.list);
   });
-}
-
-/** Replace rows without closing what the reader has folded open. */
-function keepOpen(list, rows) {
-  const open = new Set([...list.querySelectorAll('li:has(details[open])')].map((row) => row.dataset.model));
-  for (const row of rows) if (open.has(row.dataset.model)) row.querySelector('details')?.setAttribute('open', '');
-  list.replaceChildren(...rows);
 }

@@ -3,11 +3,10 @@
 import { del, get, on, overtaken, post, put } from './api.js';
 import { confirmDialog } from './dialog.js';
 import { ago, bytes, h, plural } from './dom.js';
-import { bar, duration, field, fileButton, numberInput, progressBar, select, textInput, tick } from './form.js';
+import { bar, button, duration, field, fileButton, numberInput, progressBar, select, textInput, tick } from './form.js';
 import { icon } from './icons.js';
 import { lossLegend, lossPlot } from './lossplot.js';
-import { loadModel, refreshModels } from './models.js';
-import { button } from './modelspage.js';
+import { compare, loadModel, refreshModels } from './models.js';
 import { fail, toast } from './toast.js';
 
 const GROUP_WORDS = { '-1': 'One per column', 32: '32', 64: '64', 128: '128', 256: '256' };
@@ -248,7 +247,7 @@ class QuantizePage {
         job.state === 'running' || job.state === 'queued' ? button('Stop', () => act('cancel'), false, 'quantize-cancel') : '',
         stopped ? button('Resume', () => act('resume'), true, 'quantize-resume') : '',
         job.state === 'done' ? button('Load and chat', () => this.#chat(job), true, 'quantize-chat') : '',
-        job.state === 'done' ? button('Compare with the original', () => window.switchyard.evaluate?.([job.model, job.result.model]), false, 'quantize-evaluate') : '',
+        job.state === 'done' ? button('Compare with the original', () => compare([job.model, job.result.model]), false, 'quantize-evaluate') : '',
         stopped || job.state === 'done' ? button('Remove from the list', () => this.#forget(job)) : '',
       ),
     );

@@ -3,9 +3,8 @@
 import { del, get, on, post } from './api.js';
 import { openDialog } from './dialog.js';
 import { ago, h, plural } from './dom.js';
-import { field, select, textInput } from './form.js';
+import { button, field, select, textInput } from './form.js';
 import { refreshModels } from './models.js';
-import { button } from './modelspage.js';
 import { fail, toast } from './toast.js';
 
 const SHOWN = 6;
