@@ -264,7 +264,7 @@ class ModelSettings:
         """Remember what differs from the defaults. Raises InvalidParameter, and StorageError's subclasses."""
         spec = self._specs[loader]
         complete = complete_options(spec, options)
-        changed = {o.name: complete[o.name] for o in spec.options if complete[o.name] != o.default}
+        changed = {o.name: _plain(complete[o.name]) for o in spec.options if _plain(complete[o.name]) != _plain(o.default)}
         with self._mutex:
             entry = self._models.setdefault(model, {"options": {}})
             entry["loader"] = loader
@@ -299,6 +299,11 @@ class ModelSettings:
 
     def _write(self) -> None:
         write_yaml(self._path, self._models)
+
+
+def _plain(value: Any) -> Any:
+    """As YAML holds it: a table's () is a form's []."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _differing(values: dict[str, Any]) -> dict[str, Any]:

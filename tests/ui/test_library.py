@@ -265,7 +265,7 @@ def test_another_products_settings_are_imported(page: Page, place: Place) -> Non
     listed(page, place, "llama")
     page.get_by_test_id("import-settings").click()
     text = b"llama$:\n  loader: Transformers\n  load-in-4bit: true\n  instruction_template: Alpaca\n"
-    page.get_by_test_id("import-file").set_input_files({"name": "config-user.yaml", "mimeType": "text/yaml", "buffer": text})
+    page.get_by_test_id("settings-file").set_input_files({"name": "config-user.yaml", "mimeType": "text/yaml", "buffer": text})
     result = page.get_by_test_id("import-result")
     expect(result).to_contain_text("Settings of 1 model taken")
     result.locator("summary").click()

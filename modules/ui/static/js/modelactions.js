@@ -83,7 +83,7 @@ export async function importSettings() {
   };
   await openDialog({
     title: 'Import settings',
-    body: h('div', {}, h('p', {}, 'text-generation-webui keeps each model’s loader and options in user_data/models/config-user.yaml. What has a place here is taken over.'), fileButton('Choose the file…', '.yaml,.yml', take, 'import-file'), result),
+    body: h('div', {}, h('p', {}, 'text-generation-webui keeps each model’s loader and options in user_data/models/config-user.yaml. What has a place here is taken over.'), fileButton('Choose the file…', '.yaml,.yml', take, 'settings-file'), result),
     actions: [{ label: 'Close', value: null, primary: true }],
     wide: true,
     testid: 'import-dialog',
