@@ -15,7 +15,7 @@ from loaders._remote_read import ChatReader, Chunk, prompt_estimate, read_chunk
 from loaders._remote_text import RemoteTokenizer
 from modules.errors import AppError, ContextLengthExceeded, EngineError, RemoteBusy, RemoteError, UnsupportedParameter
 from modules.remotes.connection import Connection
-from modules.schema import Done, GenerationRequest, Timings, TokenEvent, Usage
+from modules.schema import ChatInput, Done, GenerationRequest, Timings, TokenEvent, Usage
 from modules.stopping import StopMatcher
 
 if TYPE_CHECKING:
@@ -60,6 +60,12 @@ class Remote:
                 await self.tokenizer.encode("a", False)
             except AppError:
                 self._no_tokenizer = True
+
+    async def encode(self, text: str, add_special: bool) -> list[int]:
+        """Raises UnsupportedParameter where the server, or what is in front of it, does not tell."""
+        if self._no_tokenizer:
+            raise self.tokenizer.none()
+        return await self.tokenizer.encode(text, add_special)
 
     def lacks(self, *, plain_chat: bool) -> tuple[str, ...]:
         """Features and samplers of the loader that this model does without."""
@@ -282,6 +288,17 @@ class Remote:
         if len(scores) != len(token_ids) - 1:
             raise RemoteError(f"{self._connection.server.name} gave no log-probabilities of the prompt.")
         return scores
+
+    async def render(self, chat: ChatInput) -> str:
+        """The prompt the server makes of a conversation, where it tells."""
+        if self.found.kind.name not in ("switchyard", "llama-server"):
+            raise UnsupportedParameter(f"{self._connection.server.name} does not tell the prompt that it makes of messages.")
+        body = {"model": self.model, **self._chat_fields(GenerationRequest("", chat=chat))}
+        answer = await self._connection.post("/apply-template", body, root=True)
+        prompt = answer.get("prompt") if isinstance(answer, dict) else None
+        if not isinstance(prompt, str):
+            raise RemoteError(f"{self._connection.server.name} gave no prompt.")
+        return prompt
 
     async def embed(self, token_ids: Sequence[int]) -> list[float]:
         """The vector of token ids, as the server makes it."""

@@ -35,7 +35,7 @@ class RemoteTokenizer:
             case "tabbyapi":
                 answer = await post("/token/encode", {"text": text, "add_bos_token": add_special})
             case _:
-                raise self._none()
+                raise self.none()
         found = answer.get("tokens") if isinstance(answer, dict) else answer
         return self._ids([item.get("id") if isinstance(item, dict) else item for item in found or ()])
 
@@ -52,7 +52,7 @@ class RemoteTokenizer:
             case "tabbyapi":
                 answer = await post("/token/decode", {"tokens": list(token_ids), "decode_special_tokens": not skip_special})
             case _:
-                raise self._none()
+                raise self.none()
         for name in ("text", "content", "prompt"):
             if isinstance(answer, dict) and isinstance(answer.get(name), str):
                 return str(answer[name])
@@ -63,7 +63,8 @@ class RemoteTokenizer:
             raise self._strange()
         return found
 
-    def _none(self) -> UnsupportedParameter:
+    def none(self) -> UnsupportedParameter:
+        """What it does not tell, as an error."""
         return UnsupportedParameter(
             f"{self._connection.server.name} does not tell the token ids of a text.", hint="Token counts are estimates with it."
         )

@@ -30,6 +30,7 @@ from modules.plan.types import MIB, Machine, Memory, Setting, Shape
 from modules.remotes.store import read_servers, split_path
 from modules.sampling import PARAMETERS
 from modules.schema import (
+    ChatInput,
     Done,
     Event,
     GenerationRequest,
@@ -108,6 +109,7 @@ NEWS_S = 0.005  # how soon a new request is seen while the running ones wait
 
 class RemoteEngine(Engine):
     spec = SPEC
+    computes_elsewhere = True
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
@@ -172,10 +174,13 @@ class RemoteEngine(Engine):
     # --- text -----------------------------------------------------------------------------------------------------
 
     def encode(self, text: str, add_special: bool) -> list[int]:
-        return self._wait(self._loaded.tokenizer.encode(text, add_special))
+        return self._wait(self._loaded.encode(text, add_special))
 
     def decode(self, token_ids: Sequence[int], skip_special: bool = True) -> str:
         return self._wait(self._loaded.tokenizer.decode(token_ids, skip_special)) if token_ids else ""
+
+    def render(self, chat: ChatInput) -> str:
+        return self._wait(self._loaded.render(chat))
 
     def score(self, token_ids: Sequence[int]) -> list[float]:
         return self._wait(self._loaded.score(token_ids))

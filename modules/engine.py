@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 from modules.errors import UnsupportedParameter
-from modules.schema import Event, GenerationRequest, LoaderSpec, LoadProgress, ModelInfo
+from modules.schema import ChatInput, Event, GenerationRequest, LoaderSpec, LoadProgress, ModelInfo
 
 Progress = Callable[[LoadProgress], None]
 
@@ -39,6 +39,7 @@ class Engine(ABC):
     """A loaded model. The constructor takes nothing and imports nothing heavy."""
 
     spec: ClassVar[LoaderSpec]
+    computes_elsewhere: ClassVar[bool] = False  # `score` and `embed` then run like `encode`, and hold up no generation
 
     @classmethod
     def versions(cls) -> dict[str, str]:
@@ -80,6 +81,10 @@ class Engine(ABC):
     def embed(self, token_ids: Sequence[int]) -> list[float]:
         """One embedding vector of the whole sequence."""
         raise UnsupportedParameter(f"{self.spec.title} makes no embeddings.")
+
+    def render(self, chat: ChatInput) -> str:
+        """The prompt that a conversation becomes, from an engine that renders them itself; like `encode`, from any thread."""
+        raise UnsupportedParameter(f"The prompt of this model is made by {self.spec.title}.")
 
     def wait_for_news(self) -> None:
         """Pass a moment in which every running generation had nothing yet. At most 5 ms: a new request waits for it."""

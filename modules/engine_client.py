@@ -23,6 +23,7 @@ from modules import protocol
 from modules.engine import CancelToken, Engine
 from modules.errors import AppError, EngineDead, EngineTimeout, ProtocolError, error_from_wire
 from modules.schema import (
+    ChatInput,
     Done,
     Event,
     GenerationRequest,
@@ -88,6 +89,10 @@ class EngineClient(ABC):
 
     async def encode(self, text: str, add_special: bool = False) -> list[int]:
         return list(await self.call("encode", text=text, add_special=add_special))
+
+    async def render(self, chat: ChatInput) -> str:
+        """The prompt that an engine makes of a conversation itself. Raises UnsupportedParameter where it does not tell."""
+        return str(await self.call("render", chat=to_wire(chat)))
 
     async def count(self, text: str, add_special: bool = False) -> int:
         """How many tokens a text has: an estimate, four bytes each, where the model's server does not tell (`info.lacks`)."""

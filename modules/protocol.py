@@ -8,7 +8,8 @@ Parent -> worker
     load {path, options}                          answered by progress*, then loaded or error
     generate {request}                            answered by prefill*, token*, then done or error, all with request_id
     abort {request_id}
-    call {call_id, method, arguments}             encode | decode | score | embed; answered by result or error with call_id
+    call {call_id, method, arguments}             encode | decode | render | score | embed; answered by result or error with
+                                                  call_id
     ping {}                                       answered by pong from the reader thread: the process is alive
     shutdown {}
 Worker -> parent

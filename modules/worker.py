@@ -23,7 +23,7 @@ from modules import protocol
 from modules.engine import CancelToken, Engine
 from modules.errors import AppError, EngineError, GenerateOutOfMemory, GenerationFailed, LoadError, LoadOutOfMemory, ProtocolError
 from modules.registry import engine_class, load_spec
-from modules.schema import Done, Event, GenerationRequest, PrefillProgress, TokenEvent, from_wire, to_wire
+from modules.schema import ChatInput, Done, Event, GenerationRequest, PrefillProgress, TokenEvent, from_wire, to_wire
 
 Job = Callable[[], None]
 
@@ -109,7 +109,7 @@ class Worker:
             token = self._cancels.get(message["request_id"])
             if token is not None:
                 token.cancel()
-        elif kind == "call" and message["method"] in ("encode", "decode"):
+        elif kind == "call" and (message["method"] in ("encode", "decode", "render") or self._engine.computes_elsewhere):
             self._text_calls.submit(self._call, message)
         elif kind == "call":
             self._jobs.put(lambda: self._call(message))
@@ -192,6 +192,7 @@ class Worker:
             "decode": self._engine.decode,
             "score": self._engine.score,
             "embed": self._engine.embed,
+            "render": lambda chat: self._engine.render(from_wire(ChatInput, chat)),
         }
         try:
             if method not in calls:

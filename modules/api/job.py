@@ -294,15 +294,21 @@ async def count_prompt(services: Services, turn: Turn, model: str | None) -> int
     if prepared.token_ids is not None:
         return len(prepared.token_ids)
     if prepared.chat is not None:
-        return await client.count(plain_text(prepared.chat.messages))
+        try:
+            return await client.count(await client.render(prepared.chat))
+        except UnsupportedParameter:
+            return await client.count(plain_text(prepared.chat.messages))
     return await client.count(prepared.prompt or "", turn.add_special and turn.messages is None)
 
 
 async def prompt_tokens(services: Services, choice: Choice) -> list[int]:
     """The tokens of a started answer's prompt, before the worker has counted them."""
     made, run = choice.prepared, choice.run
-    if made is None or run is None or run.resident is None or made.chat is not None:
+    if made is None or run is None or run.resident is None:
         return []
+    if made.chat is not None:
+        client = services.manager.client(run.resident.id)
+        return await client.encode(await client.render(made.chat), False)
     if made.token_ids is not None:
         return list(made.token_ids)
     add_special = made.turn.add_special and made.turn.messages is None
@@ -313,7 +319,7 @@ async def render_prompt(services: Services, turn: Turn, model: str | None) -> st
     """The text that the model would be given for this turn."""
     prepared, client = await _prepared(services, turn, model)
     if prepared.chat is not None:
-        raise UnsupportedParameter("The prompt of this model is made by the server that it is on.")
+        return await client.render(prepared.chat)
     return prepared.prompt if prepared.prompt is not None else await client.decode(prepared.token_ids or (), False)
 
 

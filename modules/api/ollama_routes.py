@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import time
@@ -19,7 +20,7 @@ from modules.api.embeddings import vectors_of
 from modules.api.job import Finish, Job, Reasoning, Text, ToolCallStart, prompt_tokens, render_prompt, respond
 from modules.api.openai_models import parse, schema_of
 from modules.chat.vision import sees
-from modules.errors import AppError, NotSupported
+from modules.errors import AppError, NotSupported, UnsupportedParameter
 from modules.reasoning import marks_of
 from modules.schema import features_of
 
@@ -222,11 +223,10 @@ class _Answer:
             "eval_duration": int(run.timings.decode_s * 1e9),
             **job.extension(),
         }
-        made, info = choice.prepared, run.resident.info if run.resident is not None else None
-        countable = info is not None and "tokenizer" not in info.lacks and made is not None and made.chat is None
-        if not self._chat and countable and run.resident is not None:
+        if not self._chat and run.resident is not None and run.resident.info is not None:
             client = self._services.manager.client(run.resident.id)
-            end["context"] = [*await prompt_tokens(self._services, choice), *await client.encode(outcome.raw, False)]
+            with contextlib.suppress(UnsupportedParameter):  # a remote server may not tell its tokens: then there is no context
+                end["context"] = [*await prompt_tokens(self._services, choice), *await client.encode(outcome.raw, False)]
         _keep(self._services, self.name, self._keep)
         return end
 
