@@ -98,6 +98,12 @@ def build_router(chat: ChatService) -> APIRouter:
     async def continue_(message: str, request: Request) -> JSONResponse:
         return JSONResponse(await chat.continue_(message, client_id=await _only_client_id(request)))
 
+    @router.post("/messages/{message}/stop")
+    async def stop(message: str) -> JSONResponse:
+        """An answer that another server may be writing; `runs/{run}/stop` is for one's own."""
+        await chat.stop_answer(message[:MAX_ID])
+        return JSONResponse({})
+
     @router.post("/messages/{message}/edit")
     async def edit(message: str, request: Request) -> JSONResponse:
         body = await Body.of(request)

@@ -108,6 +108,7 @@ class ChatService:
         notices = [*self._store.notices, *(Notice("warning", problem) for problem in problems)]
         self._notices += [(now, notice) for notice in notices]
         self._store.on_change = self._changed_elsewhere
+        self._store.on_stop = self._stop_here
         self._loops = [asyncio.create_task(self._checkpoints()), asyncio.create_task(self._backups())]
 
     async def close(self) -> None:
@@ -262,6 +263,17 @@ class ChatService:
     def stop(self, run_id: str) -> None:
         self.writing(run_id)
         self._runs.stop(run_id)
+
+    async def stop_answer(self, node: str) -> None:
+        """Stop an answer wherever it is written; nothing when it is written no more."""
+        if not self._stop_here(node):
+            await self._store.stop_elsewhere(node)
+
+    def _stop_here(self, node: str) -> bool:
+        writing = self._writing.get(node)
+        if writing is not None and writing.final is None:
+            self._runs.stop(writing.run.id)
+        return writing is not None
 
     # --- the work -----------------------------------------------------------------------------------------------
 

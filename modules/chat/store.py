@@ -127,6 +127,8 @@ class ChatStore(ABC):
     """Why what is said now is kept in memory only (the disk went read-only or away); None while promise 1 holds."""
     on_change: Callable[[str | None], None] | None = None
     """Called, on the event loop, with the id of a conversation that another server changed; None: any may have changed."""
+    on_stop: Callable[[str], object] | None = None
+    """Called, on the event loop, with a node that someone at another server wants no more of."""
 
     @abstractmethod
     async def open(self) -> list[Notice]:
@@ -216,6 +218,10 @@ class ChatStore(ABC):
         error: dict[str, Any] | None = None,
     ) -> bool:
         """The end of a generation; False when the node no longer belongs to it."""
+
+    @abstractmethod
+    async def stop_elsewhere(self, node: str) -> None:
+        """Ask the other servers, where there are any, to stop writing this node."""
 
     @abstractmethod
     async def delete(self, node: str) -> tuple[Snapshot, str]:

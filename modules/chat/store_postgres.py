@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 TRIES = 8
+_STOP = "stop:"
 
 
 class PostgresChatStore(SqlChatStore):
@@ -65,6 +66,13 @@ class PostgresChatStore(SqlChatStore):
 
     async def save_again(self) -> bool:
         return True
+
+    async def stop_elsewhere(self, node: str) -> None:
+        def ask() -> None:
+            with self._engine.begin() as connection:
+                _notify(postgres.PostgresDatabase(connection), self._owner[:-1], f"{_STOP}{node}")
+
+        await self._in_thread(lambda: self._trying(ask))
 
     async def backup(self) -> str | None:
         """The database has its own (pg_dump, archiving)."""
@@ -109,17 +117,20 @@ class PostgresChatStore(SqlChatStore):
         return f"{self._presence.number}/"
 
     def _heard(self, payload: str | None) -> None:
-        """In the presence's thread: "<server> <conversation>", or None where anything may have been missed."""
-        sender, _, conversation = (payload or "").partition(" ")
+        """In the presence's thread: "<server> <conversation>" or "<server> stop:<node>"; None where something may have been missed."""
+        sender, _, what = (payload or "").partition(" ")
         if self._presence is not None and sender == str(self._presence.number):
             return
         assert self._loop is not None
         with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-            self._loop.call_soon_threadsafe(self._tell, conversation or None)
+            self._loop.call_soon_threadsafe(self._tell, what or None)
 
-    def _tell(self, conversation: str | None) -> None:
-        if self.on_change is not None:
-            self.on_change(conversation)
+    def _tell(self, what: str | None) -> None:
+        if what is not None and what.startswith(_STOP):
+            if self.on_stop is not None:
+                self.on_stop(what[len(_STOP) :])
+        elif self.on_change is not None:
+            self.on_change(what)
 
     def _look(self) -> None:
         self._interrupt_dead()
@@ -223,5 +234,5 @@ class _CommitLost(Exception):
         self.generation = generation
 
 
-def _notify(db: Database, sender: str, conversation: str) -> None:
-    db.one("SELECT pg_notify(:channel, :payload)", channel=CHANNEL, payload=f"{sender} {conversation}")
+def _notify(db: Database, sender: str, what: str) -> None:
+    db.one("SELECT pg_notify(:channel, :payload)", channel=CHANNEL, payload=f"{sender} {what}")

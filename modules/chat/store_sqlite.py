@@ -142,6 +142,9 @@ class SqliteChatStore(SqlChatStore):
             mark_closed(connection, False)
         return [cut_off(interrupted)] if interrupted else []
 
+    async def stop_elsewhere(self, node: str) -> None:
+        """There is nobody else."""
+
     async def save_again(self) -> bool:
         return await self._in_thread(self._save_again)
 

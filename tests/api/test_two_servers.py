@@ -41,6 +41,10 @@ def test_one_server_shows_and_goes_on_with_the_chats_of_another(
         assert shown()["status"] == "generating" and shown()["run"] is None
         assert two.call("GET", "conversations")["conversations"][0]["generating"]
         two.send(chat, "too early", status=409)
+        two.act(two.chat(chat)["messages"][-1], "stop")
+        second.until(lambda: shown()["status"] == "interrupted", "stopped from the other page")
+        one.send(chat, "[[echo tokens=100000 rate=20]] x")
+        second.until(lambda: bool(shown()["text"]), "text of the other server to be seen again")
         first.process.kill()
         second.until(lambda: shown()["status"] == "interrupted", "seen to be interrupted")
         kept = str(shown()["text"])

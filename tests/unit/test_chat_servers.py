@@ -83,6 +83,19 @@ async def test_the_database_goes_away_in_mid_turn_and_nothing_is_lost(postgres: 
     assert (last["text"], last["status"]) == (run.text, "interrupted")
 
 
+async def test_an_answer_can_be_stopped_from_the_other_server(rigs: tuple[Rig, Rig]) -> None:
+    one, two = rigs
+    one.host.tokens = 100_000
+    with two.events.subscribe() as events:
+        chat = await one.chat.create()
+        node = (await one.send(chat["id"], "q"))["messages"][-1]["id"]
+        await two.chat.stop_answer(node)
+        while (last := (await two.chat.snapshot(chat["id"]))["messages"][-1])["status"] == "generating":
+            await heard(events, "conversation", chat["id"])
+    assert last["status"] == "interrupted" and last["receipt"]["finish_reason"] == "cancelled"
+    await two.chat.stop_answer(node)  # and once more, by a page that is late: nothing
+
+
 async def test_the_other_servers_page_shows_what_this_one_writes(rigs: tuple[Rig, Rig]) -> None:
     one, two = rigs
     one.host.gate.clear()  # the answer stands still after its first token

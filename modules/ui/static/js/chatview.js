@@ -23,6 +23,7 @@ class Chat {
     this.pendingSystem = null;
     this.thread = new Thread({
       regenerate: (node) => this.regenerate(node),
+      stop: (node) => post(`messages/${node.id}/stop`, {}).catch(fail),
       continue: (node) => this.change(`messages/${node.id}/continue`, { client_id: uuid() }),
       edit: (node, text, generate) => this.change(`messages/${node.id}/edit`, { text, generate, client_id: uuid() }),
       remove: (node) => this.remove(node),

@@ -13,7 +13,7 @@ const NAMES = { user: 'You', assistant: 'Answer', system: 'System' };
 const action = (name, label, run, testid) =>
   h('button', { type: 'button', class: 'sy-action', 'aria-label': label, title: label, onclick: run, 'data-testid': testid }, icon(name, 17));
 
-/** The view of one node. `commands` are the chat's actions: regenerate, continue, edit, remove, version, reload. */
+/** The view of one node. `commands` are the chat's actions: regenerate, continue, stop, edit, remove, version, reload. */
 export class MessageView {
   constructor(node, commands) {
     this.commands = commands;
@@ -100,7 +100,8 @@ export class MessageView {
       this.notes.append(h('div', { class: 'sy-note', role: 'alert' }, icon('warning', 17), 'Not on disk yet: export this chat to be safe.'));
     }
     if (node.status === 'generating' && !node.run) {
-      this.notes.append(h('div', { class: 'sy-note', 'data-testid': 'elsewhere' }, icon('info', 17), 'Another server is writing this answer.'));
+      this.notes.append(h('div', { class: 'sy-note', 'data-testid': 'elsewhere' }, icon('info', 17), h('span', {}, 'Another server is writing this answer.'),
+        h('button', { type: 'button', class: 'sy-link', onclick: () => this.commands.stop(this.node) }, 'Stop it')));
     }
     if (node.error) this.notes.append(this.#errorCard(node.error));
     else if (node.status === 'interrupted' && node.receipt?.finish_reason !== 'cancelled') {
