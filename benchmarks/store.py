@@ -1,7 +1,8 @@
 """The chat store where its user waits for it: SQLite as it is, as it was (--before another checkout), and PostgreSQL beside.
 
 Each store is a process of its own; they take turns, so that a busy machine is as busy for each. Figures are medians in
-milliseconds with every save on disk (PostgreSQL: on this machine, over a unix socket), ratios medians over the rounds.
+milliseconds with every save on disk (PostgreSQL: on this machine, over a unix socket), ratios medians over the rounds; that to
+before is of CPU time, which the disk's mood leaves alone.
 """
 
 from __future__ import annotations
@@ -87,12 +88,12 @@ async def serve(store: Any) -> None:
     }
     for line in sys.stdin:
         name, count = line.split()
-        times = []
+        times, cpu = [], time.process_time()
         for number in range(int(count)):
             begun = time.perf_counter()
             await does[name](number)
             times.append(time.perf_counter() - begun)
-        print(statistics.median(times) * 1000, flush=True)
+        print(statistics.median(times) * 1000, (time.process_time() - cpu) / int(count) * 1000, flush=True)
     await store.close()
 
 
@@ -130,11 +131,13 @@ class Child:
             raise SystemExit(f"the store ended with {self.process.wait()}")
         return line
 
-    def median(self, action: str, count: int) -> float:
+    def measure(self, action: str, count: int) -> tuple[float, float]:
+        """(median wall time, mean CPU time) of so many, in ms."""
         assert self.process.stdin is not None
         self.process.stdin.write(f"{action} {count}\n")
         self.process.stdin.flush()
-        return float(self.said())
+        wall, cpu = self.said().split()
+        return float(wall), float(cpu)
 
     def __enter__(self) -> Child:
         return self
@@ -145,9 +148,9 @@ class Child:
         self.process.wait()
 
 
-def ratio(above: list[float], below: list[float]) -> float:
-    """The median over the rounds."""
-    return round(statistics.median(a / b for a, b in zip(above, below, strict=True)), 2)
+def ratio(above: list[tuple[float, float]], below: list[tuple[float, float]], which: int) -> float:
+    """The median over the rounds, of wall (0) or CPU time (1)."""
+    return round(statistics.median(a[which] / b[which] for a, b in zip(above, below, strict=True)), 2)
 
 
 def main() -> None:
@@ -169,17 +172,19 @@ def main() -> None:
             stores["postgresql"] = stack.enter_context(Child(ROOT, server.database()))
         else:
             figures["postgresql_skipped"] = reason
-        times: dict[str, dict[str, list[float]]] = {name: {action: [] for action in ACTIONS} for name in stores}
+        # Of each store and action, of each round: wall and CPU time.
+        times: dict[str, dict[str, list[tuple[float, float]]]] = {name: {action: [] for action in ACTIONS} for name in stores}
         for number in range(args.rounds):
             for action in ACTIONS:
                 count = max(2, args.count // 5) if action in SLOW else args.count
                 for name in sorted(stores, reverse=bool(number % 2)):
-                    times[name][action].append(stores[name].median(action, count))
+                    times[name][action].append(stores[name].measure(action, count))
         for name in stores:
-            figures[name] = {action: round(statistics.median(times[name][action]), 2) for action in ACTIONS}
-        for above, below in (("sqlite", "sqlite_before"), ("postgresql", "sqlite")):
-            if above in times and below in times:
-                figures[f"{above}_to_{below}"] = {action: ratio(times[above][action], times[below][action]) for action in ACTIONS}
+            figures[name] = {action: round(statistics.median(wall for wall, _ in times[name][action]), 2) for action in ACTIONS}
+        if args.before:
+            figures["cpu_to_before"] = {a: ratio(times["sqlite"][a], times["sqlite_before"][a], 1) for a in ACTIONS}
+        if reason is None:
+            figures["postgresql_to_sqlite"] = {a: ratio(times["postgresql"][a], times["sqlite"][a], 0) for a in ACTIONS}
         figures |= {"chats": CHATS, "messages": MESSAGES, "rounds": args.rounds, "count": args.count}
 
 

@@ -117,7 +117,7 @@ class PostgresChatStore(SqlChatStore):
         return f"{self._presence.number}/"
 
     def _heard(self, payload: str | None) -> None:
-        """In the presence's thread: "<server> <conversation>" or "<server> stop:<node>"; None where something may have been missed."""
+        """In the presence's thread: "<server> <conversation>" or "<server> stop:<node>"; None: something may have been missed."""
         sender, _, what = (payload or "").partition(" ")
         if self._presence is not None and sender == str(self._presence.number):
             return
