@@ -29,9 +29,15 @@ class Library(Protocol):
 
 
 class LocalLibrary:
-    """Models below `dirs`, beside those of remote servers and the built-in ones of `specs` (echo)."""
+    """Models below `dirs`, beside those of remote servers and the built-in ones of `specs` (echo). `headers` is a file that keeps
+    what the models' headers say."""
 
-    def __init__(self, dirs: Sequence[Path], specs: Iterable[LoaderSpec], remotes: Remotes | None = None) -> None:
+    def __init__(
+        self, dirs: Sequence[Path], specs: Iterable[LoaderSpec], remotes: Remotes | None = None, headers: Path | None = None
+    ) -> None:
+        from modules.detect.remembered import HeaderCache
+
+        self._headers = HeaderCache(headers) if headers is not None else None
         self._dirs = [Path(d) for d in dirs]
         self._remotes = remotes
         self._admitted: dict[str, ModelFiles] = {}
@@ -44,7 +50,7 @@ class LocalLibrary:
     def list(self) -> list[ModelFiles]:
         from modules import detect
 
-        found = [model for model in detect.list_models(self._dirs) if model.id not in self._builtin]
+        found = [model for model in detect.list_models(self._dirs, self._headers) if model.id not in self._builtin]
         elsewhere = self._remotes.models() if self._remotes is not None else []
         return [*found, *self._admitted.values(), *elsewhere, *self._builtin.values()]
 
@@ -53,7 +59,7 @@ class LocalLibrary:
 
         if self._remotes is not None and name.startswith(PREFIX):
             return self._remotes.find(name)
-        return self._builtin.get(name) or self._admitted.get(name) or detect.find_model(name, self._dirs)
+        return self._builtin.get(name) or self._admitted.get(name) or detect.find_model(name, self._dirs, cache=self._headers)
 
     def admit(self, name: str) -> ModelFiles:
         """Find a model for the operator, who may also name a path outside the folders; such a model then counts as listed.
@@ -64,8 +70,8 @@ class LocalLibrary:
 
         if name in self._builtin or name.startswith(PREFIX):
             return self.find(name)
-        model = detect.find_model(name, self._dirs, allow_paths=True)
-        if all(model.id != listed.id for listed in detect.list_models(self._dirs)):
+        model = detect.find_model(name, self._dirs, allow_paths=True, cache=self._headers)
+        if all(model.id != listed.id for listed in detect.list_models(self._dirs, self._headers)):
             self._admitted[model.id] = model
         return model
 

@@ -54,7 +54,7 @@ def build_services(config: Config) -> Services:
     overlays = Overlays.find(ROOT)
     events = EventBus()
     remotes = Remotes(RemoteStore(config.user_data_dir), events)
-    library = LocalLibrary(config.model_dirs, specs.values(), remotes)
+    library = LocalLibrary(config.model_dirs, specs.values(), remotes, config.user_data_dir / "model_headers.json")
     presets = Presets(config.preset_dir)
     settings = Settings(config.user_data_dir / "settings.yaml", presets)
     model_settings = ModelSettings(config.user_data_dir / "model_settings.yaml", specs)

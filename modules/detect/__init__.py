@@ -10,6 +10,7 @@ safetensors_header.py   gguf_header.py  ggml_types.py   the two header formats, 
 hf_folder.py            config.json and what belongs to it: weights.py, quantized.py, shapes.py, tokenizer.py, config_keys.py
 gguf_model.py  rwkv.py  flexgen.py                      the other formats
 generation_config.py    a model's own sampling defaults, cleaned
+remembered.py           what headers said, kept over a restart
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from modules.detect.sniff import sniff
 from modules.errors import CorruptModel, ModelNotFound
 
 if TYPE_CHECKING:
+    from modules.detect.remembered import HeaderCache
     from modules.schema import ModelFiles
 
 BUNDLED_FILE = "bundled.json"
@@ -41,17 +42,19 @@ _SHARD_PART = "-of-"
 Fingerprint = tuple[tuple[str, int, int], ...]
 
 
-def list_models(dirs: Iterable[Path]) -> list[ModelFiles]:
+def list_models(dirs: Iterable[Path], cache: HeaderCache | None = None) -> list[ModelFiles]:
     """Every model under `dirs`, broken ones too (`problem` says why), sorted by id.
 
     The id is the path below its folder with "/". What has not changed on disk is not read again. An id that an earlier
-    folder already has gets its folder's name in front. Folders that can't be read are left out.
+    folder already has gets its folder's name in front. Folders that can't be read are left out. `cache` remembers over a restart.
     """
     found: dict[str, ModelFiles] = {}
+    seen: set[str] = set()
     for root in dirs:
         bundled = _bundled(root)
         for path in itertools.islice(_candidates(root, 0, itertools.count()), MAX_MODELS):
-            files = _examined(path)
+            seen.add(str(path))
+            files = _examined(path, cache)
             if files is None:
                 continue
             name = unicodedata.normalize("NFC", path.relative_to(root).as_posix())
@@ -59,17 +62,19 @@ def list_models(dirs: Iterable[Path]) -> list[ModelFiles]:
             if name in found:
                 model = dataclasses.replace(model, id=f"{root.name}/{name}")
             found.setdefault(model.id, model)
+    if cache is not None:
+        cache.save(seen)
     return sorted(found.values(), key=lambda model: model.id.lower())
 
 
-def find_model(name: str, dirs: Iterable[Path], *, allow_paths: bool = False) -> ModelFiles:
+def find_model(name: str, dirs: Iterable[Path], *, allow_paths: bool = False, cache: HeaderCache | None = None) -> ModelFiles:
     """The model with the id `name`; else the only one whose last part, with or without its suffix, is `name`.
 
     `allow_paths` (the command line's --model, never the API) also takes a path. Raises ModelNotFound with the nearest ids; the
     answer is the same for a file outside `dirs` and one that is not there.
     """
     roots = list(dirs)
-    models = list_models(roots)
+    models = list_models(roots, cache)
     wanted = unicodedata.normalize("NFC", name).strip().strip("/")
     for model in models:
         if model.id == wanted:
@@ -149,7 +154,7 @@ def _subfolders(folder: Path) -> list[str]:
         return sorted(entry.name for entry in entries if entry.name[0] not in "._" and entry.is_dir())
 
 
-def _examined(path: Path) -> ModelFiles | None:
+def _examined(path: Path, cache: HeaderCache | None) -> ModelFiles | None:
     try:
         fingerprint = _fingerprint(path)
         # A suffix only gets a broken file into the list, so that its owner sees why; .bin is too common a name for that.
@@ -158,7 +163,7 @@ def _examined(path: Path) -> ModelFiles | None:
             return None
     except OSError:  # gone since it was listed, or unreadable: not ours to offer
         return None
-    return _inspect_cached(str(path), fingerprint)
+    return _inspect_cached(str(path), fingerprint, cache)
 
 
 def _fingerprint(path: Path) -> Fingerprint:
@@ -177,8 +182,13 @@ def _fingerprint(path: Path) -> Fingerprint:
 
 
 @lru_cache(maxsize=8192)
-def _inspect_cached(path: str, fingerprint: Fingerprint) -> ModelFiles:
-    return examine(Path(path), deep=False)[0]
+def _inspect_cached(path: str, fingerprint: Fingerprint, cache: HeaderCache | None) -> ModelFiles:
+    files = cache.get(path, fingerprint) if cache is not None else None
+    if files is None:
+        files = examine(Path(path), deep=False)[0]
+        if cache is not None:
+            cache.put(path, fingerprint, files)
+    return files
 
 
 @lru_cache(maxsize=8192)

@@ -115,10 +115,9 @@ class Downloads:
         return self._job(job_id).shown()
 
     def busy(self, folder: Path) -> bool:
-        """Whether something is being downloaded, or waits to be, into this folder or one below it."""
-        return any(
-            self._path(job).is_relative_to(folder) for job in self._jobs.values() if job.state in ("queued", "running", "paused")
-        )
+        """Whether something is being downloaded, or waits to be, into this folder or one around or below it."""
+        places = [self._path(job) for job in self._jobs.values() if job.state in ("queued", "running", "paused")]
+        return any(place.is_relative_to(folder) or folder.is_relative_to(place) for place in places)
 
     async def start(
         self, repository: str, branch: str | None, files: Sequence[str] = (), *, commit: str | None = None, name: str = ""

@@ -35,6 +35,7 @@ AHEAD = 8  # blocks that may wait to be hashed
 ATTEMPTS = 6
 MIN_RATE = 200  # bytes per second
 REPORT_S = 0.1
+SYNC_EACH = 64 << 20
 _RANGE = re.compile(r"bytes (\d+)-\d*/(\d+|\*)")
 _RETRY_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
 OnBytes = Callable[[int], None]
@@ -256,11 +257,15 @@ class _Fetch:
                 self._look_at(block, at)
                 _write_all(out, block)
                 hashing.append(hasher.submit(self._digest.update, block))
+                if at // SYNC_EACH != (at + len(block)) // SYNC_EACH:
+                    hashing.append(hasher.submit(os.fsync, out.fileno()))  # so that little is left to wait for at the end
                 if len(hashing) > AHEAD:
                     hashing.popleft().result()
                 at += len(block)
                 self._report(at)
                 pace.count(len(block))
+            for work in hashing:
+                work.result()
         finally:
             self._hashed = at
             self._report(at, now=True)

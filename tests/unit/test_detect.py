@@ -774,3 +774,52 @@ def test_the_real_configurations(
     assert files.quantization
     assert (files.quantization.bits, files.quantization.group_size, files.quantization.desc_act) == (bits, group, desc_act)
     assert "no weights" in (files.problem or "")
+
+
+def test_what_headers_said_is_kept_until_a_file_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from modules.detect import listing
+    from modules.detect.remembered import HeaderCache
+
+    models = tmp_path / "models"
+    models.mkdir()
+    (models / "a.gguf").write_bytes(b"GGUF broken")
+    kept = tmp_path / "data" / "headers.json"
+    first = listing.list_models([models], HeaderCache(kept))
+    read: list[str] = []
+    examine = listing.examine
+    monkeypatch.setattr(listing, "examine", lambda path, **options: (read.append(path.name), examine(path, **options))[1])
+    assert listing.list_models([models], HeaderCache(kept)) == first and read == []
+    (models / "a.gguf").write_bytes(b"GGUF broken otherwise")
+    changed = listing.list_models([models], HeaderCache(kept))
+    assert read == ["a.gguf"] and changed[0].size_bytes == 21
+    (models / "a.gguf").unlink()
+    (models / "b.gguf").write_bytes(b"GGUF broken")
+    listing.list_models([models], HeaderCache(kept))
+    assert list(json.loads(kept.read_text(encoding="utf-8"))["models"]) == [str(models / "b.gguf")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"models": {',
+        "[]",
+        "{}",
+        '{"rules": "other", "models": {"x": [1, {}]}}',
+        "\x00",
+        '{"rules": "R", "models": {"P": ["D", {"no": 1}]}}',
+    ],
+)
+def test_a_file_of_headers_that_is_torn_or_foreign_counts_for_nothing(tmp_path: Path, text: str) -> None:
+    from modules.detect import listing, remembered
+
+    (tmp_path / "a.gguf").write_bytes(b"GGUF broken")
+    digest = remembered._digest(listing._fingerprint(tmp_path / "a.gguf"))
+    kept = tmp_path / "headers.json"
+    text = (
+        text.replace('"R"', f'"{remembered._rules()}"')
+        .replace('"P"', json.dumps(str(tmp_path / "a.gguf")))
+        .replace('"D"', f'"{digest}"')
+    )
+    kept.write_text(text, encoding="utf-8")
+    (found,) = listing.list_models([tmp_path], remembered.HeaderCache(kept))
+    assert found.problem and "damaged" in found.problem

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import errno
 import hashlib
 import json
 import shutil
@@ -13,6 +14,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import BinaryIO
 
 import pytest
 
@@ -282,6 +284,26 @@ def test_everything_goes_through_the_proxy(hub: FakeHub, tmp_path: Path, monkeyp
     assert all(path.startswith("http://hub.invalid") for path, _ in hub.requests)
     assert {headers.get("proxy-authorization") for _, headers in hub.requests} == {"Basic bWU6cGFzcyB3b3Jk"}
     assert {headers.get("authorization") for _, headers in hub.requests} == {"Bearer secret-token"}
+
+
+def test_a_disk_that_fills_up_at_the_end_keeps_the_part(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.files = {"model.safetensors": WEIGHTS}
+    write, written = transfer._write_all, [0]
+
+    def fill_up(out: BinaryIO, block: bytes) -> None:
+        if written[0] + len(block) >= 0.99 * len(WEIGHTS):
+            write(out, block[: len(block) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        written[0] += len(block)
+        write(out, block)
+
+    monkeypatch.setattr(transfer, "_write_all", fill_up)
+    with pytest.raises(StorageFull, match=f"{len(WEIGHTS):,} bytes"):
+        fetch(hub, tmp_path)
+    folder = tmp_path / "models ü" / "owner_name"
+    assert not (folder / "model.safetensors").exists() and len(leftovers(folder)) == 1
+    monkeypatch.setattr(transfer, "_write_all", write)
+    assert (fetch(hub, tmp_path) / "model.safetensors").read_bytes() == WEIGHTS
 
 
 def test_one_download_per_folder(hub: FakeHub, tmp_path: Path) -> None:

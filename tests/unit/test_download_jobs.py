@@ -194,7 +194,8 @@ async def test_several_run_at_once_and_the_rest_waits(place: Place, hub: FakeHub
     for job in jobs[:SLOTS]:
         await place.half(job["id"])
     assert [place.jobs.job(job["id"])["state"] for job in jobs] == ["running"] * SLOTS + ["queued"] * 2
-    assert place.jobs.busy(place.models / "owner_name4") and not place.jobs.busy(place.models / "other")
+    busy = [place.jobs.busy(place.models / name) for name in ("owner_name4", "owner_name0/m.gguf", "other")]
+    assert busy == [True, True, False]
     gate.set()
     for job in jobs:
         assert (await place.state(job["id"], "done", "failed"))["state"] == "done"
