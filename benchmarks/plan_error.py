@@ -41,27 +41,27 @@ BUNDLED = [
     ("wren-rwkv-7m", "rwkv", {}),
     ("wren-opt-6m", "flexgen", {}),
 ]
-SHORT = {"ctx_size": 512}
+SHORT = {"ctx_size": 256}
 QUANTISED = {"cache_type_k": "q8_0", "cache_type_v": "q8_0", "flash_attn": "on"}
 LARGE: list[tuple[str, str, dict[str, Any]]] = [
-    ("gguf", "llamacpp", {}),
-    ("gguf", "llamacpp", {"ctx_size": 1024, **QUANTISED}),
-    ("gguf", "llamacpp", {"ctx_size": 512, "no_mmap": True}),
+    ("gguf", "llamacpp", {"ctx_size": 2048}),
+    ("gguf", "llamacpp", {"ctx_size": 2048, **QUANTISED}),
+    ("gguf", "llamacpp", {"ctx_size": 256, "no_mmap": True}),
     ("gguf-Q8_0", "llamacpp", SHORT),
     ("gguf-Q4_K_M", "llamacpp", SHORT),
     ("gptq", "gptq_for_llama", {"ctx_size": 1024, "kernel": "int8"}),
-    ("gptq", "gptq_for_llama", {"ctx_size": 512, "kernel": "exact"}),
+    ("gptq", "gptq_for_llama", {"ctx_size": 256, "kernel": "exact"}),
     ("gptq", "autogptq", SHORT),
-    ("hf", "transformers", {"ctx_size": 512, "dtype": "float32"}),
-    ("hf", "transformers", {"ctx_size": 512, "dtype": "bfloat16"}),
-    ("hf", "transformers", {"ctx_size": 512, "load_in_8bit": True}),
-    ("hf", "transformers", {"ctx_size": 512, "load_in_4bit": True}),
+    ("hf", "transformers", {"ctx_size": 256, "dtype": "float32"}),
+    ("hf", "transformers", {"ctx_size": 256, "dtype": "bfloat16"}),
+    ("hf", "transformers", {"ctx_size": 256, "load_in_8bit": True}),
+    ("hf", "transformers", {"ctx_size": 256, "load_in_4bit": True}),
     ("rwkv", "rwkv", SHORT),
-    ("rwkv", "rwkv", {"ctx_size": 512, "strategy": "cpu bf16"}),
+    ("rwkv", "rwkv", {"ctx_size": 256, "strategy": "cpu bf16"}),
     ("opt", "flexgen", SHORT),
-    ("opt", "flexgen", {"ctx_size": 512, "w_percent": "0,100,0"}),
-    ("opt", "flexgen", {"ctx_size": 512, "w_percent": "0,40,60", "cache_percent": "0,100,0"}),
-    ("opt", "flexgen", {"ctx_size": 512, "w_percent": "0,0,100", "cache_percent": "0,100,0"}),
+    ("opt", "flexgen", {"ctx_size": 256, "w_percent": "0,100,0"}),
+    ("opt", "flexgen", {"ctx_size": 256, "w_percent": "0,40,60", "cache_percent": "0,100,0"}),
+    ("opt", "flexgen", {"ctx_size": 256, "w_percent": "0,0,100", "cache_percent": "0,100,0"}),
 ]
 
 

@@ -13,10 +13,10 @@ BASE = 50 * MIB
 _CELLS = 256  # the cache is made in steps of so many tokens
 _PER_TOKEN_OF_VOCABULARY = 330  # the texts of the tokens, in llama.cpp and in Python
 # Types whose matrices are copied into another order for the processor's wide instructions; the file's own pages then idle.
-_REPACKED_AVX2 = frozenset({"Q4_0", "Q4_K", "Q2_K", "IQ4_NL"})
+_REPACKED = frozenset({"Q4_0", "Q4_K", "Q2_K", "IQ4_NL"})
 _REPACKED_AMX = frozenset({"Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"})
 _BLOCKS = {name.lower(): size / count for name, count, size in TENSOR_TYPES.values()}
-EFFICIENCY, _LAYER_S = 0.7, 0.0001
+EFFICIENCY, _LAYER_S = 0.6, 0.0001
 
 
 def estimate(shape: Shape, options: Mapping[str, Any], machine: Machine) -> Memory:
@@ -79,7 +79,7 @@ def _repacked(shape: Shape, machine: Machine) -> int:
     if "amx_int8" in machine.instructions:
         types = _REPACKED_AMX
     else:
-        types = _REPACKED_AVX2 if "avx2" in machine.instructions else frozenset()
+        types = _REPACKED if {"avx2", "asimd"} & set(machine.instructions) else frozenset()
     sizes = sum(size for name, size in shape.stored.items() if name in types)
     main = max(shape.stored, key=lambda name: shape.stored[name], default="")
     return max(sizes - (shape.embedding_bytes if main in types else 0), 0)

@@ -112,7 +112,7 @@ def refusal(files: ModelFiles) -> str | None:
     return None
 
 
-EFFICIENCY, _LAYER_S = 0.5, 0.001
+EFFICIENCY, _LAYER_S = 0.7, 0.0005
 _BASE = 280 << 20
 
 

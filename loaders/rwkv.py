@@ -90,7 +90,7 @@ SPEC = LoaderSpec(
     notes=("A .pth file is a pickle: turn it into .safetensors with `server.py convert FILE --to safetensors --allow-pickle`.",),
 )
 
-EFFICIENCY, _LAYER_S = 0.7, 0.001
+EFFICIENCY, _LAYER_S = 0.75, 0.0005
 _BASE = 270 << 20
 _WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2, "i8": 1}
 
