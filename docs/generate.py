@@ -188,10 +188,9 @@ def plan_error() -> str:
     rows = []
     for row in result["figures"]["rows"]:
         options = ", ".join(f"{name} {value}" for name, value in row["options"].items()) or "defaults"
-        speed = "" if row["estimate_tok_s"] is None else f"{row['estimate_tok_s']:g}"
         sizes = [f"{row[name]:,}" for name in ("estimate_mb", "measured_mb")]
-        rows.append([row["model"], row["loader"], options, *sizes, f"{row['error']:+.1%}", speed, f"{row['tok_s']:g}"])
-    head = ["model", "backend", "options", "estimate, MB", "measured, MB", "error", "estimate, tok/s", "measured, tok/s"]
+        rows.append([row["model"], row["loader"], options, str(row["context"]), *sizes, f"{row['error']:+.1%}"])
+    head = ["model", "backend", "options", "context", "estimate, MB", "measured, MB", "error"]
     about = f"{result['hardware']['cpu']}, {result['hardware']['cores']} cores; `{result['command']}`"
     return f"{table(head, rows)}\nThe largest error is {result['figures']['largest_error']:.1%}. {about}.\n"
 
