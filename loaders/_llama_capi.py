@@ -161,7 +161,6 @@ _FUNCTIONS: dict[str, tuple[Any, ...]] = {
     "llama_sampler_sample": (Token, Pointer, Pointer, _I),
     "llama_sampler_apply": (None, Pointer, ctypes.POINTER(TokenDataArray)),
     "llama_sampler_accept": (None, Pointer, Token),
-    "llama_sampler_clone": (Pointer, Pointer),
     "llama_sampler_free": (None, Pointer),
     "llama_sampler_init_greedy": (Pointer,),
     "llama_sampler_init_dist": (Pointer, _U),

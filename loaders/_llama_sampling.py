@@ -122,6 +122,9 @@ class NativeSampler:
         self._end_ids = sorted(i for i in end_ids or model.eos_ids if 0 <= i < model.n_vocab)
         self.seed = seed_of(sampling)
         self._plan = plan(sampling, grammar=grammar is not None or constraint is not None)
+        names = {name for name, _ in self._plan.samplers}
+        self._looks_back = bool(names & {"penalties", "dry"})
+        self._steers = bool(names & {"mirostat_1", "mirostat_2", "adaptive_p"})
         self._chain = 0
         self._grammar = self._open_grammar(grammar) if grammar is not None else 0
         self._ours: SamplerChain | None = None
@@ -143,17 +146,15 @@ class NativeSampler:
     def next(self, ban_ends: bool = False) -> int | None:
         """The next token; None when the grammar allows none, so that the text is at its end."""
         lib, ctx = self._lib, self._model.ctx
-        if self._constraint is not None and self._ours is None:
-            return self._next_allowed(self._constraint)
+        if (self._constraint is not None or self._grammar) and self._ours is None:
+            return self._next_held()
         if ban_ends and not self._grammar:
             # llama.cpp samples from this very buffer, which the next decode fills anew.
             logits = lib.llama_get_logits_ith(ctx, -1)
             for token in self._end_ids:
                 logits[token] = float("-inf")
-        if self._grammar:
-            return self._next_by_grammar()
         if self._ours is not None:
-            return self._ours.sample(self._model.logits())
+            return self._masked_sample(self._ours) if self._grammar else self._ours.sample(self._model.logits())
         return int(lib.llama_sampler_sample(self._chain, ctx, -1))
 
     def close(self) -> None:
@@ -161,18 +162,6 @@ class NativeSampler:
             if handle:
                 self._lib.llama_sampler_free(handle)
         self._chain = self._grammar = 0
-
-    def _next_allowed(self, constraint: Constraint) -> int:
-        """By llama.cpp's samplers among what the constraint allows: all else is put to -inf in llama.cpp's own buffer, which the
-        next decode fills anew."""
-        row = self._model.logits()
-        allowed = constraint.allowed()
-        kept = row[allowed]
-        row.fill(float("-inf"))
-        row[allowed] = kept
-        token = int(self._lib.llama_sampler_sample(self._chain, self._model.ctx, -1))
-        constraint.accept(token)
-        return token
 
     # --- grammar --------------------------------------------------------------------------------------------
 
@@ -188,26 +177,47 @@ class NativeSampler:
             )
         return int(handle)
 
-    def _next_by_grammar(self) -> int | None:
-        """Sample freely and keep the token if the grammar takes it, else once more among those it takes: checking one token is
-        far cheaper than the vocabulary."""
+    def _next_held(self) -> int | None:
+        """Sample freely and keep the token if the form takes it, else once more among those it takes: checking one token is far
+        cheaper than the vocabulary. The second draw has a random number of its own, or the last of those tokens would come too
+        often. What steers by its own picks (mirostat, adaptive-p) picks among those at once."""
+        token = None if self._steers else self._free_sample()
+        if token is None or not self._takes(token):
+            token = self._pick(self._held_candidates())
+            if token is None:
+                return None
+            if self._constraint is not None:
+                self._constraint.accept(token)
+        if self._looks_back or self._steers:
+            self._lib.llama_sampler_accept(self._chain, token)
+        if self._grammar:
+            self._lib.llama_sampler_accept(self._grammar, token)
+        return token
+
+    def _takes(self, token: int) -> bool:
         import numpy as np
 
-        lib = self._lib
-        if self._ours is not None:
-            token = self._masked_sample(self._ours)
-        else:
-            before = lib.llama_sampler_clone(self._chain)
-            token = int(lib.llama_sampler_sample(self._chain, self._model.ctx, -1))
-            if np.isfinite(self._restrict([token])["logit"]).any():
-                lib.llama_sampler_free(before)
-            else:
-                lib.llama_sampler_free(self._chain)
-                self._chain = before
-                token = self._restricted_sample()
-        if token is not None:
-            lib.llama_sampler_accept(self._grammar, token)
-        return token
+        if self._constraint is not None:
+            return self._constraint.takes(token)
+        return bool(np.isfinite(self._restrict([token])["logit"]).any())
+
+    def _held_candidates(self) -> Any:
+        """The candidates that may come next, with the model's logits."""
+        import numpy as np
+
+        if self._constraint is None:
+            records = self._restrict(None)
+            return records[np.isfinite(records["logit"])]
+        allowed = self._constraint.allowed()
+        records = self._candidates(allowed)
+        records["logit"] = self._model.logits()[allowed]
+        return records
+
+    def _free_sample(self) -> int | None:
+        """From the whole vocabulary, without telling the samplers what was picked."""
+        if not self._looks_back:  # then they keep nothing of what llama.cpp's own call tells them
+            return int(self._lib.llama_sampler_sample(self._chain, self._model.ctx, -1))
+        return self._pick(self._candidates(None))
 
     def _candidates(self, tokens: Sequence[int] | None) -> Any:
         """llama_token_data records of these tokens, or of the whole vocabulary with the model's logits."""
@@ -229,28 +239,26 @@ class NativeSampler:
         self._lib.llama_sampler_apply(self._grammar, ctypes.byref(array))
         return records
 
-    def _restricted_sample(self) -> int | None:
-        import numpy as np
-
+    def _pick(self, records: Any) -> int | None:
+        """What the samplers pick of these candidates; None where there are none."""
         from loaders._llama_capi import TokenDataArray
 
-        records = self._restrict(None)
-        records = records[np.isfinite(records["logit"])]
         if not records.size:
             return None
         array = TokenDataArray(records.ctypes.data, records.size, -1, False)
         self._lib.llama_sampler_apply(self._chain, ctypes.byref(array))
         # The samplers reorder and shorten in place; `selected` indexes what is left.
-        address = array.data + int(array.selected) * records.itemsize
-        token = ctypes.c_int32.from_address(address).value
-        self._lib.llama_sampler_accept(self._chain, token)
-        return token
+        return ctypes.c_int32.from_address(array.data + int(array.selected) * records.itemsize).value
 
     def _masked_sample(self, chain: SamplerChain) -> int | None:
         import numpy as np
 
         allowed = self._restrict(None)["logit"]
-        return chain.sample(allowed) if np.isfinite(allowed).any() else None
+        if not np.isfinite(allowed).any():
+            return None
+        token = chain.sample(allowed)
+        self._lib.llama_sampler_accept(self._grammar, token)
+        return token
 
     # --- the chain ------------------------------------------------------------------------------------------
 
@@ -259,11 +267,9 @@ class NativeSampler:
 
         lib = self._lib
         chain = int(lib.llama_sampler_chain_init(ChainParams(True)))
-        looks_back = False
         for name, arguments in self._plan.samplers:
-            looks_back = looks_back or name in ("penalties", "dry")
             lib.llama_sampler_chain_add(chain, getattr(self, f"_new_{name}")(arguments))
-        if looks_back:
+        if self._looks_back:
             for token in prompt_ids[-self._model.context_length :]:
                 lib.llama_sampler_accept(chain, token)
         return chain

@@ -83,6 +83,13 @@ class Constraint:
         if not self._matcher.consume_token(token):
             self._check()
 
+    def takes(self, token: int) -> bool:
+        """Note the token if it may come next; False leaves everything as it is. Far cheaper than asking for all that may."""
+        taken = self._matcher.try_consume_tokens([token])
+        if not taken:
+            self._check()
+        return bool(taken)
+
     def _check(self) -> None:
         if self._matcher.is_error():
             raise GenerationFailed(

@@ -298,7 +298,8 @@ async def count_prompt(services: Services, turn: Turn, model: str | None) -> int
             return await client.count(await client.render(prepared.chat))
         except UnsupportedParameter:
             return await client.count(plain_text(prepared.chat.messages))
-    return await client.count(prepared.prompt or "", turn.add_special and turn.messages is None)
+    images = len(prepared.images) * (client.info.image_tokens if client.info is not None else 0)
+    return images + await client.count(prepared.prompt or "", turn.add_special and turn.messages is None)
 
 
 async def prompt_tokens(services: Services, choice: Choice) -> list[int]:
