@@ -35,6 +35,8 @@ def pytest_xdist_make_scheduler(config: Any, log: Any) -> Any:
             file, _, test = nodeid.partition("::")
             if file.startswith("tests/ui/"):
                 return "ui"
+            if file == "tests/contract/test_ray.py" or "[ray-" in test:
+                return "ray"
             return next((row for row in rows if f"[{row}]" in test or f"[{row}-" in test or f"-{row}]" in test), file)
 
     return Groups(config, log)

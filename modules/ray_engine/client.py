@@ -97,7 +97,7 @@ class RayEngine:
         if problem := self.problem():
             what, _, fix = problem.partition(": ")
             raise BackendUnavailable(f"{what}.", hint=f"Run `{fix}`." if fix.startswith((".", "start")) else fix)
-        address = await self._ensure_node()
+        address = await self.start_node()
         self._count += 1
         app = f"switchyard-{os.getpid()}-{self._token[:6]}-{self._count}"
         words = ["--loader", spec.name, "--settings", self.settings.to_json(), "--address", address, "--app", app]
@@ -112,14 +112,15 @@ class RayEngine:
 
     # --- the node -------------------------------------------------------------------------------------------------
 
-    async def _ensure_node(self) -> str:
+    async def start_node(self) -> str:
+        """The address of the local Ray, or of the cluster that was joined; started where it is not running."""
         async with self._starting:
             if self._node is None or self._node.returncode is not None:
                 self._node = None
-                await self._start_node()
+                await self._begin_node()
             return self._address
 
-    async def _start_node(self) -> None:
+    async def _begin_node(self) -> None:
         cpus = max(os.cpu_count() or 1, int(self.settings.cpus * self.settings.maximum * 4) + 1)
         wanted = {"address": self.settings.address, "folder": str(self._temporary()), "cpus": cpus, "gpus": _gpus()}
         process = await asyncio.create_subprocess_exec(

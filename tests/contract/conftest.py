@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import pytest
 
 from modules.engine_client import WorkerClient
+from modules.ray_engine.client import RayEngine
+from modules.ray_engine.settings import RaySettings
 from modules.registry import load_spec
 from modules.schema import Done, GenerationRequest, PrefillProgress, StopParams, TokenEvent
-from tests.contract.rows import ROWS, Row
+from tests.contract.rows import ROWS, Row, ray_problem
 
 if TYPE_CHECKING:
     from modules.overlays import Overlays
@@ -47,8 +49,8 @@ class Answer:
 class Bench:
     """A worker under test, driven from synchronous tests."""
 
-    def __init__(self, row: Row, overlays: Overlays, loop: asyncio.AbstractEventLoop) -> None:
-        self.row, self.overlays, self.loop = row, overlays, loop
+    def __init__(self, row: Row, overlays: Overlays, loop: asyncio.AbstractEventLoop, ray: RayEngine | None = None) -> None:
+        self.row, self.overlays, self.loop, self.ray = row, overlays, loop, ray
         self.spec = load_spec(row.loader)
         self.log: list[str] = []
         self.client: WorkerClient = self.start()
@@ -60,6 +62,8 @@ class Bench:
         return {o.name: o.default for o in self.spec.options} | self.row.options | changes
 
     def start(self) -> WorkerClient:
+        if self.ray is not None:
+            return self.run(self.ray.start(self.spec, self.log.append))
         return self.run(WorkerClient.start(self.spec, self.overlays, on_log=self.log.append))
 
     def load(self, path: Any = None, **options: Any) -> None:
@@ -110,22 +114,36 @@ def row(request: pytest.FixtureRequest, overlays: Overlays) -> Row:
 
 
 @pytest.fixture(scope="module")
-def bench(row: Row, overlays: Overlays, loop: asyncio.AbstractEventLoop) -> Iterator[Bench]:
+def bench(row: Row, overlays: Overlays, loop: asyncio.AbstractEventLoop, request: pytest.FixtureRequest) -> Iterator[Bench]:
     """A loaded worker, shared by the tests of one row."""
-    bench = Bench(row, overlays, loop)
+    bench = Bench(row, overlays, loop, request.getfixturevalue("ray_engine") if row.ray else None)
     bench.load()
     yield bench
     bench.close()
 
 
 @pytest.fixture
-def fresh(row: Row, overlays: Overlays, loop: asyncio.AbstractEventLoop) -> Iterator[Bench]:
+def fresh(row: Row, overlays: Overlays, loop: asyncio.AbstractEventLoop, request: pytest.FixtureRequest) -> Iterator[Bench]:
     """A worker of its own, nothing loaded yet."""
     if row.variant:
         pytest.skip("a process of its own is tried with another row of this loader")
-    bench = Bench(row, overlays, loop)
+    bench = Bench(row, overlays, loop, request.getfixturevalue("ray_engine") if row.ray else None)
     yield bench
     bench.close()
+
+
+@pytest.fixture(scope="session")
+def ray_engine(
+    overlays: Overlays, loop: asyncio.AbstractEventLoop, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[RayEngine]:
+    """One Ray for all tests of this process; `settings` may be changed between models."""
+    if problem := ray_problem(overlays):
+        pytest.skip(problem)
+    engine = RayEngine(RaySettings(maximum=4), overlays, tmp_path_factory.mktemp("ray"))
+    loop.run_until_complete(engine.start_node())
+    engine.settings = RaySettings()
+    yield engine
+    loop.run_until_complete(engine.close())
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

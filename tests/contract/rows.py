@@ -16,6 +16,8 @@ from modules.convert.unpickle import convert_pickle
 from modules.overlays import Overlays
 from modules.quantize.process import QuantizeJob, default_out, quantize
 from modules.quantize.settings import QuantizeSettings
+from modules.ray_engine.client import RayEngine
+from modules.ray_engine.settings import RaySettings
 from modules.registry import discover
 from modules.remotes.store import RemoteStore, model_path
 from tests.api.conftest import Server
@@ -36,6 +38,7 @@ class Row:
     module: str | None = None
     byte_exact: bool = False
     variant: bool = False  # another row of this loader already tries what takes a process of its own
+    ray: bool = False  # over a replica on Ray Serve
     lacks: frozenset[str] = frozenset()  # features that this build of the loader's backend does without
 
     def skip_reason(self, overlays: Overlays) -> str | None:
@@ -46,9 +49,16 @@ class Row:
             return f"{spec.title}: {missing}"
         if self.module and not overlays.has_module(spec.overlay, self.module):
             return f"{spec.title}: {self.module} is not in the {spec.overlay} environment"
+        if self.ray and (problem := ray_problem(overlays)):
+            return problem
         if self.model() is None:
             return f"{self.needs} is not here"
         return None
+
+
+def ray_problem(overlays: Overlays) -> str | None:
+    """Why nothing can run on Ray here, or None."""
+    return RayEngine(RaySettings(), overlays, Path()).problem()
 
 
 def _stories(name: str) -> Callable[[], Path | None]:
@@ -195,4 +205,15 @@ ROWS = (
     Row("remote-wren", "remote", _far_server, {}, "llama.cpp with the bundled model, to be the other server"),
     Row("rwkv-wren", "rwkv", _bundled("wren-rwkv-7m"), {"threads": 1}, "the bundled RWKV"),
     Row("rwkv-tiny", "rwkv", _tiny_rwkv, {"threads": 1, "ctx_size": 512}, "the data folder ../shared (tiny-rwkv)", variant=True),
+    Row("ray-echo", "echo", lambda: "echo", byte_exact=True, ray=True),
+    Row(
+        "ray-llama_cpp",
+        "llamacpp",
+        _bundled("wren-6m-gguf/wren-6m-F16.gguf"),
+        {"engine": "llama_cpp", "threads": 1},
+        _WREN,
+        "llama_cpp",
+        variant=True,
+        ray=True,
+    ),
 )
