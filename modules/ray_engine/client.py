@@ -57,6 +57,11 @@ class RayClient(WorkerClient):
         else:
             super()._handle(message)
 
+    def _die(self, reason: str | None) -> None:
+        if reason is None and b"Failed to connect to GCS" in self._stderr:  # Ray's own way to end the gateway
+            reason = "the Ray cluster lost its head"
+        super()._die(reason)
+
     def _serving(self) -> bool:
         return self._ready.done() and self._loading is None
 
@@ -76,13 +81,18 @@ class RayEngine:
         self.settings = settings
         self._overlays = overlays
         self._folder = folder
-        self._token = secrets.token_hex(32)
+        self.token = secrets.token_hex(32)
         self._node: asyncio.subprocess.Process | None = None
         self._address = ""
         self._words: deque[str] = deque(maxlen=40)
         self._starting = asyncio.Lock()
         self._readers: set[asyncio.Task[None]] = set()
         self._count = 0
+
+    @property
+    def pid(self) -> int | None:
+        """The process that all of a local Ray hangs on."""
+        return self._node.pid if self._node is not None else None
 
     def problem(self) -> str | None:
         """Why this can't run here, with the fix; None when it can."""
@@ -99,7 +109,7 @@ class RayEngine:
             raise BackendUnavailable(f"{what}.", hint=f"Run `{fix}`." if fix.startswith((".", "start")) else fix)
         address = await self.start_node()
         self._count += 1
-        app = f"switchyard-{os.getpid()}-{self._token[:6]}-{self._count}"
+        app = f"switchyard-{os.getpid()}-{self.token[:6]}-{self._count}"
         words = ["--loader", spec.name, "--settings", self.settings.to_json(), "--address", address, "--app", app]
         command = [str(self._overlays.python(OVERLAY)), "-X", "utf8", "-m", "modules.ray_engine.gateway", *words]
         client = RayClient(spec, on_log)
@@ -107,7 +117,7 @@ class RayEngine:
         return client
 
     def _env(self) -> dict[str, str]:
-        own = launch.cluster_env() if self.settings.address else launch.local_env(self._token)
+        own = launch.cluster_env(self.settings.address) if self.settings.address else launch.local_env(self.token)
         return self._overlays.worker_env(OVERLAY) | own
 
     # --- the node -------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 NAMESPACE = "switchyard"
 BESIDE_GENERATIONS = 32  # encode, decode, abort and health, which must not wait for a slot
 LOOK_S = 60.0
+ROUTER_S = 0.05
 DRAIN_S = 600.0  # a replica that autoscaling takes away finishes its answers
 _LOGS = {"log_level": "WARNING", "enable_access_log": False}
 
@@ -152,12 +153,24 @@ class Deployment:
         pace = {"upscale_delay_s": 2.0, "downscale_delay_s": 60.0, "metrics_interval_s": 1.0, "look_back_period_s": 3.0}
         return options | {"autoscaling_config": {**bounds, **pace, "target_ongoing_requests": max(1.0, 0.75 * self._slots)}}
 
-    def loaded(self, info: dict[str, Any]) -> None:
-        """The first replicas are ready: how many generations each runs at once is known now."""
+    async def loaded(self, info: dict[str, Any]) -> None:
+        """The first replicas are ready: how many generations each runs at once is known. Waits until the router knows them."""
         from modules.ray_engine.router import SlotRouter
 
         self._slots = info["slots"] or self.spec.slots
         SlotRouter.slots = self._slots
+        while await self.known() < self.settings.minimum:
+            await asyncio.sleep(ROUTER_S)
+
+    async def known(self) -> int:
+        """How many replicas the router knows; 0 also while one of them is gone and it does not know."""
+        from ray.exceptions import RayActorError
+        from ray.serve.exceptions import DeploymentUnavailableError
+
+        try:
+            return len(await self._handle.broadcast("abort", "").results_async())
+        except (DeploymentUnavailableError, RayActorError):
+            return 0
 
     def whole(self, info: dict[str, Any]) -> dict[str, Any]:
         """What the server is told of the model: with the slots of all replicas that there may be."""

@@ -21,9 +21,9 @@ from typing import Any, BinaryIO
 from modules import protocol
 from modules.errors import AppError, EngineDead, LoadError, ProtocolError, error_from_wire
 from modules.overlays import Overlays
-from modules.ray_engine.deploy import Deployment, connect
+from modules.ray_engine.deploy import ROUTER_S, Deployment, connect
 from modules.ray_engine.launch import ROOT
-from modules.ray_engine.replica import error_frame, frame
+from modules.ray_engine.replica import RESEND, error_frame, frame
 from modules.ray_engine.settings import RaySettings
 from modules.registry import load_spec
 from modules.schema import Done, Usage
@@ -33,7 +33,6 @@ SILENCE_S = 30.0  # a replica says something every five seconds
 WATCH_S = 2.0
 DELETE_S = 20.0
 UNROUTED_ABORT_S = 1.0
-RESEND = "Send it again: the other replicas go on, and a new one takes this one's place."
 
 
 @dataclass(eq=False)
@@ -57,13 +56,16 @@ class Gateway:
         self._loaded = False
         self._last_failure: AppError | None = None
         self._ended = asyncio.Event()
+        self._orphaned = False  # the server is gone
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
         threading.Thread(target=self._read, args=(loop,), name="reader", daemon=True).start()
         await self._ended.wait()
-        with contextlib.suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._deployment.delete(), DELETE_S)
+        if not (self._orphaned and self._deployment.local):  # with the server, a Ray of its own goes as a whole
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._deployment.delete(), DELETE_S)
+        _leave_with_group()  # here: a loop that closes would wait for calls to a Ray that may be gone
 
     def _read(self, loop: asyncio.AbstractEventLoop) -> None:
         try:
@@ -71,7 +73,8 @@ class Gateway:
                 loop.call_soon_threadsafe(self._dispatch, message)
         except ProtocolError as error:
             print(f"gateway: {error}", file=sys.stderr, flush=True)
-        loop.call_soon_threadsafe(self._ended.set)  # the server is gone
+        self._orphaned = True
+        loop.call_soon_threadsafe(self._ended.set)
 
     def _dispatch(self, message: protocol.Message) -> None:
         kind = message["type"]
@@ -113,6 +116,7 @@ class Gateway:
             await self._deployment.create(path, options)
             self._spawn(self._read_board())
             info = await self._loading
+            await self._deployment.loaded(info)
         except AppError as error:
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._deployment.delete(), DELETE_S)
@@ -143,10 +147,13 @@ class Gateway:
         elif kind == "progress" and self._loading is not None:
             self._send({"type": "progress", "stage": note["stage"], "fraction": note["fraction"]})
         elif kind in ("ready", "memory"):
-            self._replicas[replica] = note | {"heard": time.monotonic()}
+            known = self._replicas.get(replica, {})
+            self._replicas[replica] = {**known, **note, "heard": time.monotonic()}
             if kind == "ready":
                 self._check_ready(note["info"])
-            self._send_status()
+                self._spawn(self._announce())
+            else:
+                self._send_status()
         elif kind in ("failed", "crashed"):
             self._replicas.pop(replica, None)
             self._last_failure = error_from_wire(note["error"])
@@ -159,17 +166,24 @@ class Gateway:
         if self._loading is None or self._loading.done():
             return
         if len(self._replicas) >= wanted:
-            self._deployment.loaded(info)
             self._loading.set_result(info)
         else:
             stage = f"{len(self._replicas)} of {wanted} replicas are ready"
             self._send({"type": "progress", "stage": stage, "fraction": len(self._replicas) / wanted})
 
+    async def _announce(self) -> None:
+        """A replica counts once the router knows all that are ready."""
+        while (names := set(self._replicas)) and await self._deployment.known() < len(names):
+            await asyncio.sleep(ROUTER_S)
+        for name in names & self._replicas.keys():
+            self._replicas[name]["routed"] = True
+        self._send_status()
+
     def _send_status(self) -> None:
         now = time.monotonic()
         self._replicas = {name: note for name, note in self._replicas.items() if now - note["heard"] < SILENCE_S}
         shown = ("replica", "pid", "worker", "node", "bytes")
-        replicas = [{key: note[key] for key in shown} for note in self._replicas.values()]
+        replicas = [{key: note[key] for key in shown} for note in self._replicas.values() if "routed" in note]
         versions: dict[str, str] = next((n["versions"] for n in self._replicas.values() if "versions" in n), {})
         self._send({"type": "status", "replicas": replicas, "versions": versions})
 
@@ -188,14 +202,21 @@ class Gateway:
             else:
                 self._sink.write(frame(Done(request_id, "cancelled", Usage())))
         except Exception as error:
+            self._forget_named(str(error))
             self._send_error(self._lost(_death(error), str(error)), request_id=request_id)
         finally:
             self._streams.pop(request_id, None)
 
+    def _forget_named(self, text: str) -> None:
+        """Ray names the actor that it lost."""
+        for name in [name for name in self._replicas if name in text]:
+            del self._replicas[name]
+            self._send_status()
+
     def _lost(self, reason: str, detail: str) -> EngineDead:
         words = {"stderr": detail[-8192:], "exit_code": None, "signal": None}
         title = self._deployment.spec.title
-        return EngineDead(f"A {title} replica stopped in the middle of this answer: {reason}.", hint=RESEND, detail=words)
+        return EngineDead(f"A replica of {title} stopped in the middle of this answer: {reason}.", hint=RESEND, detail=words)
 
     async def _abort(self, request_id: str) -> None:
         stream = self._streams.get(request_id)
@@ -249,13 +270,9 @@ class Gateway:
 
 def _death(error: Exception) -> str:
     """Ray's word for it, short."""
-    from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
+    from ray.exceptions import RayActorError
 
-    if isinstance(error, ActorDiedError):
-        return "its process ended"
-    if isinstance(error, (ActorUnavailableError, RayActorError)):
-        return "it can't be reached any more"
-    return _one_line(error)
+    return "its process ended, or its node is lost" if isinstance(error, RayActorError) else _one_line(error)
 
 
 def _one_line(error: Exception) -> str:
@@ -292,7 +309,6 @@ def main() -> None:
         await Gateway(deployment, source, sink).run()
 
     asyncio.run(serve())
-    _leave_with_group()
 
 
 if __name__ == "__main__":

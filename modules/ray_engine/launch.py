@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -40,14 +41,29 @@ def local_env(token: str) -> dict[str, str]:
     }
 
 
-def cluster_env() -> dict[str, str]:
+def cluster_env(address: str) -> dict[str, str]:
     """For a cluster of somebody else's: its token, if it has one, comes from our own environment, which drops secrets."""
     auth = {name: os.environ[name] for name in CLUSTER_AUTH if name in os.environ}
     return {
         **QUIET,
         **SERVE,
         **auth,
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0" if _on_loopback_only(address) else "1",
         "RAY_gcs_rpc_server_reconnect_timeout_s": "10",  # the head is lost: say so, and do not wait a minute
         "PYTHONPATH": str(ROOT),
     }
+
+
+def _on_loopback_only(address: str) -> bool:
+    """Ray takes 127.0.0.1 for this machine's name in the network; where the head listens on loopback alone, that is no use."""
+    host, _, port = address.rpartition(":")
+    if host not in ("127.0.0.1", "localhost", "::1", "[::1]"):
+        return False
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:  # sends nothing: it asks for the route
+            probe.connect(("192.0.2.1", 9))
+            own = str(probe.getsockname()[0])
+        socket.create_connection((own, int(port)), 1.0).close()
+    except OSError:
+        return True
+    return False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import socket
 import sys
@@ -9,17 +11,32 @@ import sys
 from modules.errors import AppError, BackendUnavailable
 
 REACH_S = 3.0
+# What opens a connection of HTTP/2, which gRPC speaks: the preface and an empty frame of settings; the answer is settings, too.
+_HTTP2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 _START = "Start one with `ray start --head --port=6379`, or leave --ray-address out for a Ray of our own."
 
 
 def check_reachable(address: str) -> None:
-    """Raises BackendUnavailable within seconds where nothing listens: Ray itself would try for a minute."""
+    """Raises BackendUnavailable within seconds where nothing listens, or no gRPC server: Ray itself would try for half a minute
+    and then end the process."""
     host, _, port = address.rpartition(":")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), REACH_S).close()
+        with socket.create_connection((host.strip("[]"), int(port)), REACH_S) as connection:
+            if not os.environ.get("RAY_USE_TLS"):
+                _check_grpc(address, connection)
     except (OSError, OverflowError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise BackendUnavailable(f"There is no Ray cluster at {address}: {why}.", hint=_START) from error
+
+
+def _check_grpc(address: str, connection: socket.socket) -> None:
+    answer = b""
+    with contextlib.suppress(TimeoutError, ConnectionError):
+        connection.settimeout(REACH_S)
+        connection.sendall(_HTTP2)
+        answer = connection.recv(9)
+    if len(answer) < 4 or answer[3] != 4:
+        raise explain_connect(address, ConnectionError("it does not speak gRPC"))
 
 
 def explain_connect(address: str, error: Exception) -> AppError:

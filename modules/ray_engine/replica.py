@@ -31,6 +31,7 @@ RESTARTS = 3
 RESTART_WINDOW_S = 60.0
 HEARTBEAT_S = 5.0
 REMEMBERED_ABORTS = 1000
+RESEND = "Send it again: the other replicas go on, and this one comes back."
 
 
 def _stay_on_loopback() -> None:
@@ -199,6 +200,8 @@ class Replica:
                 frames.append(frame(event))
                 news.set()
         except AppError as error:
+            if isinstance(error, EngineDead):
+                error.hint = RESEND
             frames.append(error_frame(error, request_id=request.request_id))
         except Exception as error:
             fault = ProtocolError(f"A replica failed: {type(error).__name__}: {error}.")
