@@ -149,6 +149,28 @@ def headlines() -> str:
     return table(["measured", "figure"], rows)
 
 
+def ray() -> str:
+    """Replicas on Ray: what they add, and what a second one gives."""
+    results = ROOT / "benchmarks" / "results"
+    rows = []
+    if (results / "ray_overhead.json").is_file():
+        found = json.loads((results / "ray_overhead.json").read_text(encoding="utf-8"))["figures"]
+        rows += [
+            [
+                "a replica above a local worker, one stream at full speed",
+                f"{found['added_full_speed_ms_per_token']:+.3f} ms a token",
+            ],
+            ["the same at 50 tokens a second", f"{found['added_paced_late_p50_ms']:+.2f} ms (p50) for each token"],
+        ]
+    if (results / "ray_replicas.json").is_file():
+        found = json.loads((results / "ray_replicas.json").read_text(encoding="utf-8"))["figures"]
+        for name, row in found.items():
+            if isinstance(row, dict):
+                rates = f"{row['1 replicas tok_s']:,.0f} and {row['2 replicas tok_s']:,.0f} tok/s"
+                rows.append([f"one and two replicas, {found['clients']} clients, {name}", f"{rates}: {row['ratio']:.2f}"])
+    return table(["measured", "figure"], rows)
+
+
 def gptq() -> str:
     """Quantisations of one model, by bits and group size."""
     path = ROOT / "benchmarks" / "results" / "gptq_quality.json"
@@ -252,6 +274,7 @@ GENERATORS: dict[str, Callable[[], str]] = {
     "scripts": scripts,
     "gptq": gptq,
     "plan_error": plan_error,
+    "ray": ray,
     "headlines": headlines,
 }
 

@@ -52,6 +52,7 @@ SPEC = LoaderSpec(
         OptionSpec(
             "fault", "choice", "none", "A fault while loading.", choices=("none", "corrupt", "oom", "exit", "segfault", "hang")
         ),
+        OptionSpec("slots", "int", 256, "Answers at once; the others wait.", minimum=1, maximum=256),
         OptionSpec("megabytes", "int", 0, "Memory to hold while loaded.", minimum=0, maximum=65_536),
     ),
     features=frozenset({"grammar", "json_schema", "regex"}),
@@ -156,6 +157,7 @@ class EchoEngine(Engine):
             eos_token_ids=(EOS,),
             device_map={"cpu": 1.0},
             engine="echo 1",
+            slots=options["slots"],
         )
 
     def encode(self, text: str, add_special: bool) -> list[int]:

@@ -175,7 +175,7 @@ class RayEngine:
         folder = (self._folder / "ray").absolute()
         if len(os.fsencode(folder)) <= SOCKET_PATH_BYTES:
             return folder
-        return Path(tempfile.gettempdir()) / f"switchyard-ray-{os.getpid()}"
+        return Path(tempfile.gettempdir()) / f"switchyard-ray-{self.token[:12]}"
 
     async def close(self) -> None:
         """End the local Ray, or leave the cluster; waits until the processes are gone."""

@@ -82,7 +82,7 @@ def _start(wanted: dict[str, Any], folder: Path) -> Any:
         dashboard_agent_listen_port=0,
     )
     try:
-        return LocalNode(parameters, head=True, shutdown_at_exit=False, spawn_reaper=False)
+        return LocalNode(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True)
     except Exception as error:
         raise BackendUnavailable(f"Ray did not start: {_one_line(error)}.", hint="Run the server with --verbose.") from error
 
@@ -110,7 +110,7 @@ def _join(wanted: dict[str, Any], folder: Path) -> Any:
             temp_dir=str(folder / "r"),
             dashboard_agent_listen_port=0,
         )
-        return Node(parameters, head=False, shutdown_at_exit=False, spawn_reaper=False)
+        return Node(parameters, head=False, shutdown_at_exit=False, spawn_reaper=True)
     except Exception as error:
         raise explain_connect(wanted["address"], error) from error
 

@@ -6,7 +6,6 @@ import contextlib
 import os
 import re
 import socket
-import sys
 
 from modules.errors import AppError, BackendUnavailable
 
@@ -43,14 +42,11 @@ def explain_connect(address: str, error: Exception) -> AppError:
     """What Ray's exception means for the user."""
     text = " ".join(str(error).split())
     if "ersion mismatch" in text:
-        import ray  # only a Ray that is there says this
-
-        here = f"Ray {ray.__version__}, Python {sys.version.split()[0]}"
-        found = re.search(r"started with: Ray: (\S+) Python: (\S+)", text)
-        theirs = f"Ray {found[1]} on Python {found[2].rstrip('.')}" if found else "another Ray or Python"
+        versions = [f"Ray {ray} on Python {python.rstrip('.')}" for ray, python in re.findall(r"Ray: (\S+) Python: (\S+)", text)]
+        theirs, ours = versions if len(versions) == 2 else ("another Ray or Python", "the version of here")
         return BackendUnavailable(
-            f"The cluster at {address} runs {theirs}; that is not what runs here.",
-            hint=f"Give all its nodes the Ray and the Python of here ({here}).",
+            f"The cluster at {address} runs {theirs}; here is {ours}.",
+            hint="Give all its nodes the Ray and the Python of here, to the last figure of both.",
             detail={"stderr": text[-8192:]},
         )
     if "oken" in text and ("auth" in text.lower() or "UNAUTHENTICATED" in text):
