@@ -133,6 +133,7 @@ class _Stream:
 class WorkerClient(EngineClient):
     """A worker process. Make one with `start`."""
 
+    handshake_s = HANDSHAKE_S
     abort_grace_s: float | None = None  # None: ABORT_GRACE_S
 
     def __init__(self, spec: LoaderSpec, on_log: OnLog | None) -> None:
@@ -177,11 +178,11 @@ class WorkerClient(EngineClient):
         self.pid = transport.get_pid()
         try:
             self._send({"type": "hello", "protocol": protocol.PROTOCOL_VERSION})
-            await asyncio.wait_for(asyncio.shield(self._ready), HANDSHAKE_S)
+            await asyncio.wait_for(asyncio.shield(self._ready), self.handshake_s)
         except BaseException as error:
             await self.close(grace_s=0)
             if isinstance(error, asyncio.TimeoutError):
-                raise EngineTimeout(f"The {self.spec.title} worker did not answer within {HANDSHAKE_S:.0f} s.") from None
+                raise EngineTimeout(f"The {self.spec.title} worker did not answer within {self.handshake_s:.0f} s.") from None
             raise
         self._background(self._watch())
 

@@ -42,6 +42,7 @@ SOCKET_PATH_BYTES = 38  # what Ray's own names leave of the 107 that a socket's 
 class RayClient(WorkerClient):
     """One model on Ray. `replicas`: pid, worker (its pid), node and bytes of each, as last told."""
 
+    handshake_s = 180.0  # Ray's libraries, a cluster, Serve's controller
     abort_grace_s = 30.0  # the replica ends a worker that does not stop: its answer alone is lost
 
     def __init__(self, spec: LoaderSpec, on_log: OnLog | None) -> None:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 LONG = "[[echo tokens=100000 rate=50]] on and on"
 ECHO = load_spec("echo")
 OPTIONS = {option.name: option.default for option in ECHO.options}
-LIMIT_S = 120
+LIMIT_S = 240
 
 
 class Pair:
