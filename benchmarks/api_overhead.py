@@ -40,14 +40,15 @@ def raw_engine(tokens: int, rounds: int) -> dict[str, float]:
 class Connection:
     """A kept connection that costs next to nothing itself: the figures are the server's."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, model: str = "echo") -> None:
         self._address = url.removeprefix("http://")
+        self._model = model
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
 
     async def stream(self, text: str, tokens: int) -> dict[str, Any]:
         host, port = self._address.split(":")
         reader, writer = self._streams = self._streams or await asyncio.open_connection(host, int(port))
-        message = {"model": "echo", "messages": [{"role": "user", "content": text}], "max_tokens": tokens, "stream": True}
+        message = {"model": self._model, "messages": [{"role": "user", "content": text}], "max_tokens": tokens, "stream": True}
         body = json.dumps(message).encode()
         head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {self._address}\r\nContent-Type: application/json\r\n"
         stamps: list[float] = []

@@ -199,7 +199,7 @@ async def _remote_smoke(row: Row, spec: LoaderSpec, overlays: Overlays, config: 
     servers = await asyncio.to_thread(RemoteStore(config.user_data_dir).servers)
     healths = await asyncio.gather(*(look(server, seconds=5.0) for server in servers))
     row.note = "; ".join(
-        f"{server.name}: {f'{len(health.models)} models, {health.latency_ms} ms' if health.ok else health.error}"
+        f"{server.name}: {len(health.models)} models, {health.latency_ms} ms" if health.ok else str(health.error)
         for server, health in zip(servers, healths, strict=True)
     )
     with tempfile.TemporaryDirectory(prefix="switchyard-doctor-") as folder:

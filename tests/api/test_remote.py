@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -179,6 +180,7 @@ def test_a_cross_site_page_saves_nothing(server: Server) -> None:
     assert answer.status_code == 403
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such modes")
 def test_files_of_the_servers_are_private(pair: tuple[Server, Server]) -> None:
     near, _ = pair
     path = Path(near.data) / "remotes.json"
