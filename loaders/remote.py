@@ -8,7 +8,6 @@ connection (addresses, redirects, limits, the key) are `modules.remotes.connecti
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import queue
 import random
 import threading
@@ -18,7 +17,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from modules.engine import CancelToken, Engine, Progress
 from modules.errors import (
-    AppError,
     BackendUnavailable,
     EngineTimeout,
     LoadError,
@@ -113,6 +111,7 @@ class RemoteEngine(Engine):
 
     def __init__(self) -> None:
         self._loop = asyncio.new_event_loop()
+        self._http = threading.Thread(target=self._loop.run_forever, name="http", daemon=True)
         self._news = threading.Event()
         self._remote: Remote | None = None
         self._context = 0
@@ -137,7 +136,7 @@ class RemoteEngine(Engine):
         if server is None:
             raise ModelNotFound(f"There is no server named {name[:60]!r} any more.", hint="Add it again.", param="model")
         progress(LoadProgress(f"Asking {name}"))
-        threading.Thread(target=self._loop.run_forever, name="http", daemon=True).start()
+        self._http.start()
         try:
             self._remote = self._wait(Remote.connect(server, model, options))
         except (RemoteError, EngineTimeout) as error:
@@ -165,8 +164,11 @@ class RemoteEngine(Engine):
 
     def close(self) -> None:
         if self._remote is not None:
-            with contextlib.suppress(AppError):
-                self._wait(self._remote.close())
+            self._wait(self._remote.close())
+        if self._http.is_alive():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._http.join()
+        self._loop.close()
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()

@@ -127,6 +127,7 @@ class Connection:
                 return await self._client.send(request, stream=True)
             except (httpx.ConnectError, httpx.ConnectTimeout) as error:
                 failure = error
+        self._addresses = []  # it may have moved: looked up, and judged, again by the next request
         assert failure is not None
         raise failure
 
