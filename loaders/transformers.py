@@ -101,6 +101,7 @@ SPEC = LoaderSpec(
     ),
 )
 
+_STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Of the machine's bandwidth. bfloat16 is slow where the processor has no instructions for it.
 EFFICIENCY = {"float32": 0.8, "float16": 0.35, "bfloat16": 0.35, "8 bits": 0.25, "4 bits": 0.35}
 _BFLOAT16_SETS, _BFLOAT16_EFFICIENCY = frozenset({"avx512_bf16", "amx_bf16"}), 0.65
@@ -123,12 +124,18 @@ def estimate(shape: Shape, options: Mapping[str, Any], machine: Machine) -> Memo
         weights = ends + shape.matrices
     else:
         weights = ends + shape.matrices * width
+    # Weights in the file's own format are used where they are mapped; of the embedding only the rows that are looked up.
+    stored = max(shape.stored, key=lambda name: shape.stored[name], default="")
+    plain = shape.quantization is None and not options["load_in_4bit"] and not options["load_in_8bit"]
+    in_file = plain and not gpu and not options["lora"] and _STORED.get(stored) == dtype
+    looked_up = 0 if shape.tied else shape.embedding * width
     context = context_of(shape, options)
     cache = shape.cache_elements(context) * width + shape.state
     compute = prefill_bytes(shape, min(int(options["prefill_chunk"]), context), context) + layer_cache(shape, context, width)
-    read = int((weights - (0 if shape.tied else shape.embedding * width)) * shape.active) + cache // 2
+    read = int((weights - looked_up) * shape.active) + cache // 2
     return Memory(
-        weights=0 if gpu else weights,
+        weights=0 if gpu or in_file else weights,
+        mapped=weights - looked_up if in_file else 0,
         cache=0 if gpu else cache,
         compute=0 if gpu else compute,
         base=TRANSFORMERS_BASE,

@@ -137,11 +137,14 @@ def test_a_smaller_cache_type_and_number_format_need_less() -> None:
     assert full.cache == 32768 * 22 * 512 * 2
     assert full.cache > eight.cache > four.cache and eight.cache == full.cache * 34 // 64
     hf = SPECS["transformers"]
+    half = dataclasses.replace(LLAMA, stored={"F16": 2 * LLAMA.parameters})
     sizes = [
-        estimate(LLAMA, hf, complete(hf, options), MACHINE).weights
+        estimate(half, hf, complete(hf, options), MACHINE).weights
         for options in ({"dtype": "float32"}, {"dtype": "bfloat16"}, {"load_in_8bit": True}, {"load_in_4bit": True})
     ]
     assert sizes == sorted(sizes, reverse=True) and sizes[0] == 4 * LLAMA.parameters
+    in_file = estimate(LLAMA, hf, complete(hf, {"dtype": "bfloat16"}), MACHINE)
+    assert (in_file.weights, in_file.mapped) == (0, 2 * (LLAMA.parameters - LLAMA.embedding))
 
 
 def test_the_time_of_a_token() -> None:
