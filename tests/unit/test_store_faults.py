@@ -443,7 +443,7 @@ asyncio.run(main())
 async def test_nothing_acknowledged_is_lost_to_a_kill(tmp_path: Path, kind: str, request: pytest.FixtureRequest) -> None:
     """SWITCHYARD_KILL_ROUNDS sets the number of kills (1000 for the full run)."""
     place = str(tmp_path) if kind == "sqlite" else str(request.getfixturevalue("postgres").database())
-    rounds = int(os.environ.get("SWITCHYARD_KILL_ROUNDS", "12" if kind == "sqlite" else "6"))
+    rounds = int(os.environ.get("SWITCHYARD_KILL_ROUNDS", "12" if kind == "sqlite" else "4"))
     chance = random.Random(rounds)
     acknowledged: dict[str, dict[str, Any]] = {}
     chats: set[str] = set()
