@@ -452,10 +452,10 @@ async def test_nothing_acknowledged_is_lost_to_a_kill(tmp_path: Path, kind: str,
             [sys.executable, "-c", CHILD, str(ROOT), place, f"run{number}"], stdout=subprocess.PIPE, encoding="utf-8"
         )
         assert child.stdout is not None
-        first = child.stdout.readline()
-        time.sleep(chance.uniform(0, 0.15))
+        lines = [child.stdout.readline() for _ in range(chance.randint(2, 30))]
+        time.sleep(chance.uniform(0, 0.02))  # anywhere in what it does next
         child.send_signal(signal.SIGKILL)
-        lines = [first, *child.stdout]
+        lines += child.stdout
         child.wait()
         child.stdout.close()
         for line in lines:
@@ -473,7 +473,7 @@ async def test_nothing_acknowledged_is_lost_to_a_kill(tmp_path: Path, kind: str,
                 assert said.get("partial") or found[node].text == said["text"]
                 assert found[node].status in ("complete", "interrupted")
             await store.close()
-    assert len(acknowledged) > rounds
+    assert len(acknowledged) >= rounds
     assert not list(tmp_path.glob("*.corrupt-*"))
 
 
