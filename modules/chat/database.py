@@ -36,6 +36,9 @@ class Database(Protocol):
     def hold(self, conversation: str) -> None:
         """Until the end of the transaction, let no other one change this conversation's tree."""
 
+    def hold_of(self, node: str) -> None:
+        """The same for the conversation of a node."""
+
     def count_change(self) -> int:
         """The next number of a counter that orders the list of conversations."""
 
@@ -71,6 +74,9 @@ class SqliteDatabase:
 
     def hold(self, conversation: str) -> None:
         """Held already: a writer has the whole file."""
+
+    def hold_of(self, node: str) -> None:
+        """Likewise."""
 
     def count_change(self) -> int:
         self.run("UPDATE meta SET value = CAST(value AS INTEGER) + 1 WHERE key = 'touched'")

@@ -92,6 +92,9 @@ class PostgresDatabase:
     def hold(self, conversation: str) -> None:
         self.run("SELECT id FROM conversations WHERE id = :id FOR UPDATE", id=conversation)
 
+    def hold_of(self, node: str) -> None:
+        self.run("SELECT id FROM conversations WHERE id = (SELECT conversation FROM nodes WHERE id = :id) FOR UPDATE", id=node)
+
     def count_change(self) -> int:
         row = self.one("SELECT nextval('touched') AS number")
         assert row is not None

@@ -130,7 +130,7 @@ class Actions(Writes):
         return self._acted(client_id, "message", conversation, answer)
 
     def add_answer(self, node: str, client_id: str, generation: str) -> Change:
-        self._hold_of(node)
+        self._db.hold_of(node)
         if again := self._seen(client_id, "answer", generation):
             return again
         row = node_row(self._db, node)
@@ -147,7 +147,7 @@ class Actions(Writes):
         return self._acted(client_id, "answer", row["conversation"], answer)
 
     def reopen(self, node: str, client_id: str, generation: str) -> Change:
-        self._hold_of(node)
+        self._db.hold_of(node)
         if again := self._seen(client_id, "continue", generation):
             return again
         row = node_row(self._db, node)
@@ -168,7 +168,7 @@ class Actions(Writes):
         return dataclasses.replace(change, prefix=row["text"])
 
     def add_version(self, node: str, text: str, client_id: str, generation: str | None) -> Change:
-        self._hold_of(node)
+        self._db.hold_of(node)
         if again := self._seen(client_id, "version", generation):
             return again
         row = node_row(self._db, node)
@@ -199,7 +199,8 @@ class Actions(Writes):
             generation=self._owner + generation,
         )
         if done:
-            self.changed = node_row(self._db, node, deleted=True)["conversation"]
+            row = self._db.one("SELECT conversation FROM nodes WHERE id = :id", id=node)
+            self.changed = row["conversation"] if row is not None else None
         return done == 1
 
     def finish(
@@ -214,7 +215,7 @@ class Actions(Writes):
         error: dict[str, Any] | None,
     ) -> bool:
         mine = {"id": node, "generation": self._owner + generation}
-        self._hold_of(node)
+        self._db.hold_of(node)
         row = self._db.one("SELECT conversation FROM nodes WHERE id = :id AND generation = :generation", **mine)
         if row is None:
             return False
@@ -231,7 +232,7 @@ class Actions(Writes):
     # -- delete and undo
 
     def delete(self, node: str) -> tuple[Snapshot, str]:
-        self._hold_of(node)
+        self._db.hold_of(node)
         row = node_row(self._db, node, deleted=True)
         conversation = row["conversation"]
         if row["deleted"] is not None:

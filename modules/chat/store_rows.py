@@ -43,11 +43,6 @@ class Writes:
         self.changed: str | None = None
         self.generation: str | None = None
 
-    def _hold_of(self, node: str) -> None:
-        row = self._db.one("SELECT conversation FROM nodes WHERE id = :id", id=node)
-        if row is not None:
-            self._db.hold(row["conversation"])
-
     def _insert_conversation(self, title: str, is_auto: bool, system_prompt: str, pinned: bool, created_at: float) -> str:
         conversation = new_id()
         self._db.run(
