@@ -7,7 +7,6 @@ connection (addresses, redirects, limits, the key) are `modules.remotes.connecti
 
 from __future__ import annotations
 
-import asyncio
 import queue
 import random
 import threading
@@ -25,7 +24,6 @@ from modules.errors import (
     UnsupportedParameter,
 )
 from modules.plan.types import MIB, Machine, Memory, Setting, Shape
-from modules.remotes.store import read_servers, split_path
 from modules.sampling import PARAMETERS
 from modules.schema import (
     ChatInput,
@@ -66,7 +64,7 @@ SPEC = LoaderSpec(
             aliases=("n_ctx", "context_length"),
         ),
         OptionSpec(
-            "chat",
+            "chat_rendering",
             "choice",
             "server",
             "Who makes a prompt of a conversation: the server by its model's template, or this one, plainly (for base models).",
@@ -110,6 +108,8 @@ class RemoteEngine(Engine):
     computes_elsewhere = True
 
     def __init__(self) -> None:
+        import asyncio
+
         self._loop = asyncio.new_event_loop()
         self._http = threading.Thread(target=self._loop.run_forever, name="http", daemon=True)
         self._news = threading.Event()
@@ -127,6 +127,7 @@ class RemoteEngine(Engine):
 
     def load(self, path: str, options: dict[str, Any], progress: Progress) -> ModelInfo:
         from loaders._remote_answer import Remote
+        from modules.remotes.store import read_servers, split_path
 
         parts = split_path(path)
         if parts is None:
@@ -144,7 +145,7 @@ class RemoteEngine(Engine):
         found = self._remote.found
         self._own_limit = bool(options["ctx_size"])
         self._context = options["ctx_size"] or found.context_length
-        lacks = self._remote.lacks(plain_chat=options["chat"] == "plain")
+        lacks = self._remote.lacks(plain_chat=options["chat_rendering"] == "plain")
         quantization = found.entry.get("quantization")
         return ModelInfo(
             name=model,
@@ -171,6 +172,8 @@ class RemoteEngine(Engine):
         self._loop.close()
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
+        import asyncio
+
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     # --- text -----------------------------------------------------------------------------------------------------
@@ -203,6 +206,8 @@ class RemoteEngine(Engine):
         self._news.clear()
 
     def generate(self, request: GenerationRequest, cancel: CancelToken) -> Iterator[Event | None]:
+        import asyncio
+
         from loaders._remote_read import prompt_estimate
 
         seed = request.sampling.get("seed", -1)
