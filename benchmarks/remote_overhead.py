@@ -19,7 +19,8 @@ async def measure(connections: dict[str, list[Connection]], tokens: int, rounds:
     for turn in range(rounds + 1):
         for way, opened in connections.items():
             answers = await together(opened, [f"[[echo tokens={tokens}]] x"] * streams, tokens)
-            assert all(answer["error"] is None and len(answer["stamps"]) > 1 for answer in answers), answers[0]["error"]
+            bad = [a for a in answers if a["error"] is not None or not a["stamps"]]
+            assert not bad, (way, bad[0])
             if turn == 0:  # warms everything up
                 continue
             firsts[way] += [answer["stamps"][0] - answer["begun"] for answer in answers]
