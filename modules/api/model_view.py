@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from modules.errors import AppError
-from modules.overlays import start_script
+from modules.overlays import env_specs, start_script
 from modules.quantizations import check_source
 from modules.registry import rank
 from modules.schema import to_wire
 
 if TYPE_CHECKING:
-    from modules.overlays import Overlays
+    from modules.overlays import EnvSpec, Overlays
     from modules.schema import LoaderSpec, ModelFiles
     from modules.services import Services
 
@@ -33,9 +33,10 @@ def listed(services: Services) -> dict[str, Any]:
     """Every model and every backend. Reads the disk: call it in a thread."""
     specs = list(services.specs.values())
     once = _Once(services.overlays)
+    environments = env_specs(services.overlays.root)
     return {
         "models": [model_view(model, specs, once) for model in services.library.list()],
-        "loaders": [loader_view(services, spec) for spec in specs],
+        "loaders": [loader_view(services, spec, environments) for spec in specs],
         "make": makers(services.overlays),
     }
 
@@ -64,14 +65,17 @@ def _is_plain(model: ModelFiles) -> bool:
     return True
 
 
-def loader_view(services: Services, spec: LoaderSpec) -> dict[str, Any]:
+def loader_view(services: Services, spec: LoaderSpec, environments: dict[str, EnvSpec]) -> dict[str, Any]:
     status = services.overlays.status(spec)
     reason = services.overlays.unavailable(spec)
+    installed = status.installed and status.importable
+    environment = environments.get(spec.overlay or "")
     return {
         "name": spec.name,
         "title": spec.title,
         "summary": spec.summary,
-        "installed": status.installed and status.importable,
+        "installed": installed,
+        "installable": not installed and environment is not None and environment.problem() is None,
         "ready": reason is None,
         "reason": reason,
         "fix": status.fix or None,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from playwright.sync_api import Browser, Locator, Page, expect
+from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 from tests.ui.conftest import Server, Visit, start_server, stop_server, wait
 from tests.unit.hub_server import FakeHub
@@ -285,6 +285,33 @@ def test_the_fit_and_the_other_forms_are_a_click_away(page: Page, place: Place) 
     page.keyboard.press("Escape")
     more(found, page, "Compare")
     expect(page.get_by_test_id("page-evaluate")).to_have_attribute("aria-current", "page")
+
+
+def test_an_installation_shows_its_progress_and_log_beside_the_backend(page: Page) -> None:
+    """What the server says of a backend that is missing and of its installation: a developer's set lacks and installs none."""
+
+    def missing(route: Route) -> None:
+        answer = route.fetch()
+        body = answer.json()
+        for loader in body["loaders"]:
+            if loader["name"] == "rwkv":
+                loader.update(installed=False, ready=False, installable=True, reason="not installed")
+        route.fulfill(response=answer, json=body)
+
+    page.route("**/ui-api/models", missing)
+    page.get_by_test_id("refresh-models").click()
+    here = page.locator("[data-testid=loader-row][data-loader=rwkv]").get_by_test_id("install-here")
+    expect(here.get_by_test_id("install")).to_be_visible()
+    send = "(event) => import(new URL('ui-static/js/api.js', document.baseURI).href).then((api) => api.emit('install', event))"
+    event = {"overlay": "rwkv", "state": "running", "stage": "fetching", "fraction": 0.5, "line": "Collecting <b>x</b>"}
+    page.evaluate(send, event)
+    expect(here).to_contain_text("Installing: fetching")
+    here.locator("summary").click()
+    expect(here.locator("pre")).to_have_text("Collecting <b>x</b>")
+    page.evaluate(send, {**event, "state": "failed", "stage": "no network", "line": "no network"})
+    expect(here.locator(".sy-card-error")).to_have_text("no network")
+    expect(here.get_by_test_id("install")).to_be_visible()
+    page.unroute_all(behavior="ignoreErrors")
 
 
 def test_a_thousand_models_are_drawn_as_they_are_needed(page: Page, place: Place) -> None:

@@ -23,6 +23,7 @@ from modules.download import add_parser, run, transfer
 from modules.download.fetch import DownloadProgress, DownloadRequest, download, plan_download
 from modules.download.hub import Hub, check_names
 from modules.download.plan import RepoFile, choose_files
+from modules.download.transfer import fetch_file
 from modules.errors import Conflict, DownloadError, InvalidParameter, StorageFull, UnsafeModel
 from tests.unit.hub_server import COMMIT, FakeHub
 from tests.unit.model_files import LLAMA, llama_tensors, safetensors_bytes, tokenizer_json
@@ -304,6 +305,25 @@ def test_a_disk_that_fills_up_at_the_end_keeps_the_part(hub: FakeHub, tmp_path: 
     assert not (folder / "model.safetensors").exists() and len(leftovers(folder)) == 1
     monkeypatch.setattr(transfer, "_write_all", write)
     assert (fetch(hub, tmp_path) / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_a_name_that_leads_nowhere_and_a_circle_of_redirects(hub: FakeHub, tmp_path: Path) -> None:
+    file = RepoFile("model.safetensors", len(WEIGHTS), hashlib.sha256(WEIGHTS).hexdigest())
+    away = "http://nowhere.invalid/model.safetensors"
+    with pytest.raises(DownloadError, match="connection failed, 6 times"):
+        asyncio.run(fetch_file(Hub(away), away, file, tmp_path / "x", lambda done: None, backoff_s=0.001))
+    hub.faults.redirect_to = "/owner/name/resolve/main/model.safetensors"
+    with pytest.raises(DownloadError, match="in a circle"):
+        fetch(hub, tmp_path)
+
+
+def test_a_redirects_name_is_checked_once_more_where_it_led() -> None:
+    public = Hub("http://8.8.8.8")
+    for address in ("127.0.0.1", "10.0.0.1", "169.254.169.254", "::1", "fe80::1%eth0", "::ffff:10.0.0.1"):
+        with pytest.raises(DownloadError, match="redirected"):
+            public.check_address(address)
+    public.check_address("8.8.4.4")
+    Hub("http://127.0.0.1:1").check_address("127.0.0.1")
 
 
 def test_one_download_per_folder(hub: FakeHub, tmp_path: Path) -> None:

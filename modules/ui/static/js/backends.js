@@ -13,7 +13,7 @@ function loaderRow(loader) {
     h('p', { class: 'sy-hint' }, loader.summary),
     loader.reason ? h('p', { class: 'sy-card-reason' }, loader.reason) : '',
     loader.fix ? h('p', { class: 'sy-card-fix' }, 'Fix: ', h('code', {}, loader.fix)) : '',
-    !loader.installed && loader.fix && loader.overlay ? new InstallProgress(loader.name, loader.overlay).element : '',
+    loader.installable ? new InstallProgress(loader.name, loader.overlay).element : '',
   );
 }
 

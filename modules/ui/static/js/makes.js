@@ -70,6 +70,7 @@ export class MakeJobs {
     this.jobs = new Map();
     this.element = h('div', { class: 'sy-jobs', 'data-testid': 'conversions' });
     on('conversion', (event) => this.#heard(event));
+    on('quantization', (job) => job.state === 'done' && refreshModels());
     on('resync', () => this.refresh());
     this.refresh();
   }

@@ -38,9 +38,8 @@ function reasons(model, others) {
 }
 
 function installRow(name) {
-  const overlay = models.loaders.find((loader) => loader.name === name)?.overlay;
-  if (!overlay) return '';
-  return new InstallProgress(name, overlay).element;
+  const loader = models.loaders.find((item) => item.name === name);
+  return loader?.installable ? new InstallProgress(name, loader.overlay).element : '';
 }
 
 function menu(model, anchor) {
