@@ -28,6 +28,7 @@ MAX_LINE = 4 << 20
 MAX_SAID = 300
 MAX_REDIRECTS = 3
 CONNECT_S = 10.0
+LAST_WORDS_S = 0.5  # between [DONE] and the end of the stream
 ASKED_S = 30.0  # for what costs a server nothing: lists and properties
 _TOO_LONG = re.compile(
     r"context (length|window|size)|maximum context|too long|exceeds? the (available )?context|max_model_len", re.I
@@ -81,10 +82,14 @@ class Connection:
                 return
             if kind != "text/event-stream":
                 raise self._no_api(kind)
-            async for data in self._data(response):
+            lines = self._data(response)
+            async for data in lines:
                 if data == b"[DONE]":
-                    return
+                    break
                 yield self._object(data)
+            # Read to its very end, the connection serves the next request, too.
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(_drain(lines), LAST_WORDS_S)
 
     @contextlib.asynccontextmanager
     async def open(self, method: str, url: str, body: dict[str, Any] | None = None) -> AsyncIterator[httpx.Response]:
@@ -265,6 +270,11 @@ class Connection:
         return RemoteError(
             f"{name} broke the connection: {_reason(error)}.", hint="It may have ended; look at its log, then try again."
         )
+
+
+async def _drain(lines: AsyncIterator[bytes]) -> None:
+    async for _ in lines:
+        continue
 
 
 async def _read(response: httpx.Response, limit: int) -> bytes:
