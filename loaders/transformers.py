@@ -129,6 +129,8 @@ def estimate(shape: Shape, options: Mapping[str, Any], machine: Machine) -> Memo
     plain = shape.quantization is None and not options["load_in_4bit"] and not options["load_in_8bit"]
     in_file = plain and not gpu and not options["lora"] and _STORED.get(stored) == dtype
     looked_up = 0 if shape.tied else shape.embedding * width
+    # bitsandbytes quantises what has been read, all of it (measured).
+    loading = 4 * shape.largest + max(ends + shape.matrices * width - weights, 0) * (not plain and shape.quantization is None)
     context = context_of(shape, options)
     cache = shape.cache_elements(context) * width + shape.state
     compute = prefill_bytes(shape, min(int(options["prefill_chunk"]), context), context) + layer_cache(shape, context, width)
@@ -139,7 +141,7 @@ def estimate(shape: Shape, options: Mapping[str, Any], machine: Machine) -> Memo
         cache=0 if gpu else cache,
         compute=0 if gpu else compute,
         base=TRANSFORMERS_BASE,
-        loading=4 * shape.largest,
+        loading=loading,
         vram=weights + cache + compute if gpu else 0,
         read=read,
         efficiency=_efficiency(dtype, options, machine),
