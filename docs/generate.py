@@ -160,7 +160,10 @@ def ray() -> str:
                 "a replica above a local worker, one stream at full speed",
                 f"{found['added_full_speed_ms_per_token']:+.3f} ms a token",
             ],
-            ["the same at 50 tokens a second", f"{found['added_paced_late_p50_ms']:+.2f} ms (p50) for each token"],
+            [
+                "the same at 50 tokens a second, one way",
+                f"{found['added_paced_late_p50_ms']:+.2f} ms (p50)",
+            ],
         ]
     if (results / "ray_replicas.json").is_file():
         found = json.loads((results / "ray_replicas.json").read_text(encoding="utf-8"))["figures"]

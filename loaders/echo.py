@@ -86,13 +86,15 @@ def settings(shape: Shape, machine: Machine) -> list[Setting]:
 
 @dataclass
 class Directive:
-    """What one request asks for. `*_at` faults happen before the token of that index; -1 is never."""
+    """What one request asks for. `*_at` faults happen before the token of that index; -1 is never. `clock`: each word is the time
+    at which it was made, in nanoseconds of the monotonic clock."""
 
     tokens: int = 0
     rate: float = 0.0
     delay: float = 0.0
     prefill: int = 0
     random: int = 0
+    clock: int = 0
     crash_at: int = -1
     kill_at: int = -1
     exit_at: int = -1
@@ -229,7 +231,10 @@ class EchoEngine(Engine):
         greedy = request.sampling.get("temperature", 1.0) == 0
         rng = random.Random(0 if greedy else seed)
         words = [self._intern(b" " + word.encode()) for word in WORDS]
-        if directive.random or directive.tokens:
+        if directive.clock:
+            for _ in range(directive.tokens):
+                yield self._intern(b" %d" % time.perf_counter_ns())
+        elif directive.random or directive.tokens:
             for _ in range(directive.tokens or len(ids)):
                 yield rng.choice(words)
         else:

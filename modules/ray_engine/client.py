@@ -184,8 +184,8 @@ class RayEngine:
             if self._node is not None:
                 await _end(self._node, END_S)
         for reader in list(self._readers):
-            with contextlib.suppress(asyncio.CancelledError):
-                await reader
+            reader.cancel()
+        await asyncio.gather(*self._readers, return_exceptions=True)
 
 
 async def _end(process: asyncio.subprocess.Process, grace_s: float) -> None:

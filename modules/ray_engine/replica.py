@@ -169,13 +169,14 @@ class Replica:
         request_id = request["request_id"]
         frames: list[bytes] = []
         news = asyncio.Event()
+        loop = asyncio.get_running_loop()
         yield b""
         pump = asyncio.ensure_future(self._pump(from_wire(GenerationRequest, request), frames, news))
         try:
             while True:
-                if not frames:
-                    with contextlib.suppress(asyncio.TimeoutError):
-                        await asyncio.wait_for(news.wait(), HEARTBEAT_S) if not news.is_set() else None
+                beat = loop.call_later(HEARTBEAT_S, news.set)  # wait_for would make a task for each token
+                await news.wait()
+                beat.cancel()
                 news.clear()
                 ended = pump.done()
                 piece = b"".join(frames)
