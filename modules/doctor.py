@@ -259,6 +259,7 @@ def _llamacpp_note(overlays: Overlays) -> str:
 def table(rows: list[Row], overlays: Overlays) -> str:
     """The report for a terminal."""
     from modules.hardware import detect
+    from modules.ray_engine.client import problem
 
     lines = [["loader", "installed", "importable", "device ok", "smoke ok"]]
     for row in rows:
@@ -272,4 +273,5 @@ def table(rows: list[Row], overlays: Overlays) -> str:
         out.append(line)
         out += [f"    fix: {row.fix}"] if row.fix else []
         out += [f"    {row.note}"] if row.note else []
+    out += ["", f"--engine ray: {problem(overlays) or 'ready'}"]
     return "\n".join(out)

@@ -39,6 +39,15 @@ END_S = 15.0
 SOCKET_PATH_BYTES = 38  # what Ray's own names leave of the 107 that a socket's path may have
 
 
+def problem(overlays: Overlays) -> str | None:
+    """Why Ray can't run here, with the fix; None when it can."""
+    if sys.platform == "win32":
+        return "Ray runs replicas on Linux and macOS only: use --engine local here, or WSL."
+    if not overlays.complete(OVERLAY) or not overlays.has_module(OVERLAY, "ray"):
+        return f"Ray is not installed: {start_script()} install {OVERLAY}"
+    return None
+
+
 class RayClient(WorkerClient):
     """One model on Ray. `replicas`: pid, worker (its pid), node and bytes of each, as last told."""
 
@@ -95,18 +104,10 @@ class RayEngine:
         """The process that all of a local Ray hangs on."""
         return self._node.pid if self._node is not None else None
 
-    def problem(self) -> str | None:
-        """Why this can't run here, with the fix; None when it can."""
-        if sys.platform == "win32":
-            return "Ray runs replicas on Linux and macOS only: use --engine local here, or WSL."
-        if not self._overlays.complete(OVERLAY) or not self._overlays.has_module(OVERLAY, "ray"):
-            return f"Ray is not installed: {start_script()} install {OVERLAY}"
-        return None
-
     async def start(self, spec: LoaderSpec, on_log: OnLog | None = None) -> RayClient:
         """A gateway for one model. Raises BackendUnavailable, EngineDead."""
-        if problem := self.problem():
-            what, _, fix = problem.partition(": ")
+        if why := problem(self._overlays):
+            what, _, fix = why.partition(": ")
             raise BackendUnavailable(f"{what}.", hint=f"Run `{fix}`." if fix.startswith((".", "start")) else fix)
         address = await self.start_node()
         self._count += 1

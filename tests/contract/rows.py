@@ -16,8 +16,7 @@ from modules.convert.unpickle import convert_pickle
 from modules.overlays import Overlays
 from modules.quantize.process import QuantizeJob, default_out, quantize
 from modules.quantize.settings import QuantizeSettings
-from modules.ray_engine.client import RayEngine
-from modules.ray_engine.settings import RaySettings
+from modules.ray_engine.client import problem as ray_problem
 from modules.registry import discover
 from modules.remotes.store import RemoteStore, model_path
 from tests.api.conftest import Server
@@ -49,16 +48,11 @@ class Row:
             return f"{spec.title}: {missing}"
         if self.module and not overlays.has_module(spec.overlay, self.module):
             return f"{spec.title}: {self.module} is not in the {spec.overlay} environment"
-        if self.ray and (problem := ray_problem(overlays)):
-            return problem
+        if self.ray and (lacking := ray_problem(overlays)):
+            return lacking
         if self.model() is None:
             return f"{self.needs} is not here"
         return None
-
-
-def ray_problem(overlays: Overlays) -> str | None:
-    """Why nothing can run on Ray here, or None."""
-    return RayEngine(RaySettings(), overlays, Path()).problem()
 
 
 def _stories(name: str) -> Callable[[], Path | None]:
