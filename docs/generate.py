@@ -217,7 +217,8 @@ def plan_error() -> str:
         rows.append([row["model"], row["loader"], options, str(row["context"]), *sizes, f"{row['error']:+.1%}"])
     head = ["model", "backend", "options", "context", "estimate, MB", "measured, MB", "error"]
     about = f"{result['hardware']['cpu']}, {result['hardware']['cores']} cores; `{result['command']}`"
-    return f"{table(head, rows)}\nThe largest error is {result['figures']['largest_error']:.1%}. {result['figures'].get('note', '')} {about}.\n"
+    worst, note = result["figures"]["largest_error"], result["figures"].get("note", "")
+    return f"{table(head, rows)}\nThe largest error is {worst:.1%}. {note} {about}.\n"
 
 
 def _short(value: Any) -> str:
