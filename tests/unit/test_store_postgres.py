@@ -358,7 +358,12 @@ async def test_an_answer_that_nobody_writes_is_not_left_open(servers: Two, monke
 
 @pytest.mark.parametrize(
     ("state", "kind", "words"),
-    [("53100", StorageFull, "Free some space"), ("57014", StorageUnreachable, "Try again"), ("XX000", StorageError, "refuses")],
+    [
+        ("53100", StorageFull, "Free some space"),
+        ("57014", StorageUnreachable, "Try again"),
+        ("25006", StorageReadOnly, "takes no changes"),
+        ("XX000", StorageError, "refuses"),
+    ],
 )
 async def test_the_databases_own_failures_are_typed(
     postgres: Postgres, url: str, tmp_path: Path, state: str, kind: type[StorageError], words: str
@@ -380,16 +385,15 @@ async def test_the_databases_own_failures_are_typed(
     await store.close()
 
 
-async def test_a_read_only_database_is_said(postgres: Postgres, url: str, servers: Two) -> None:
-    one, _ = servers
+async def test_a_read_only_database_is_said(postgres: Postgres, url: str, tmp_path: Path) -> None:
     name = url.rpartition("/")[2].partition("?")[0]
     postgres.sql("postgres", f"ALTER DATABASE {name} SET default_transaction_read_only = on")
-    one._engine.dispose()
     with pytest.raises(StorageReadOnly, match="takes no changes"):
-        await one.create()
+        await PostgresChatStore(url, tmp_path).open()
     postgres.sql("postgres", f"ALTER DATABASE {name} RESET default_transaction_read_only")
-    one._engine.dispose()
-    await one.create()
+    store = PostgresChatStore(url, tmp_path)
+    assert await store.open() == []
+    await store.close()
 
 
 async def test_what_is_wrong_at_the_start_is_said_with_what_to_do(postgres: Postgres, tmp_path: Path) -> None:
