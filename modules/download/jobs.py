@@ -130,8 +130,11 @@ class Downloads:
         wanted = sorted(set(files))
         for job in self._jobs.values():
             same = job.repository == repository and job.files == wanted and job.folder == folder
-            if same and job.state in ("queued", "running", "paused", "failed"):
-                return job.shown() if job.state in ("queued", "running") else self.resume(job.id)
+            if same and job.state in ("queued", "running"):
+                return job.shown()
+            if same and job.state in ("paused", "failed", "cancelled"):
+                job.branch, job.commit = branch, commit or (job.commit if branch == job.branch else None)
+                return self.resume(job.id)
         job = Job(secrets.token_hex(6), repository, branch, wanted, folder, commit, created=time.time())
         self._jobs[job.id] = job
         self._change(job, state="queued")

@@ -161,6 +161,9 @@ async def test_cancelling_deletes_what_it_brought_and_nothing_else(place: Place,
     assert [path.name for path in folder.iterdir()] == ["mine.txt"]
     with pytest.raises(Conflict):
         await place.jobs.cancel(job["id"])
+    again = await place.jobs.start("owner/name", "other")
+    assert (again["id"], again["branch"], again["commit"]) == (job["id"], "other", None), "the same card, at what is asked now"
+    await place.jobs.cancel(job["id"])
     place.jobs.forget(job["id"])
     with pytest.raises(NotFound):
         place.jobs.job(job["id"])
