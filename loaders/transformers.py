@@ -129,8 +129,9 @@ def estimate(shape: Shape, options: Mapping[str, Any], machine: Machine) -> Memo
     plain = shape.quantization is None and not options["load_in_4bit"] and not options["load_in_8bit"]
     in_file = plain and not gpu and not options["lora"] and _STORED.get(stored) == dtype
     looked_up = 0 if shape.tied else shape.embedding * width
-    # bitsandbytes quantises what has been read, all of it (measured).
-    loading = 4 * shape.largest + max(ends + shape.matrices * width - weights, 0) * (not plain and shape.quantization is None)
+    loading = 4 * shape.largest
+    if shape.quantization is None and not plain:  # bitsandbytes holds what it has read beside what it has made of it (measured)
+        loading = 3 * shape.matrices // 2 if options["load_in_4bit"] else shape.matrices * max(width - 1, 0) + loading
     context = context_of(shape, options)
     cache = shape.cache_elements(context) * width + shape.state
     compute = prefill_bytes(shape, min(int(options["prefill_chunk"]), context), context) + layer_cache(shape, context, width)
