@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 
+# The first values may be there before the shell is: it looks at what was noted when it comes.
+SHOW_OPTIONS = "(name) => { window.switchyardBackend = name; window.switchyard?.showOptions(name); }"
+
+
 def size_words(size: int) -> str:
     for unit, power in (("GB", 9), ("MB", 6), ("KB", 3)):
         if size >= 10**power:
@@ -60,9 +64,7 @@ class ModelBar:
         load = f"(model, backend, ...values) => {{ window.switchyard.loadWith(model, backend, {table}, values); }}"
         self._load.click(inputs=[self.model, self.backend, *options.components], outputs=None, js=load, **js_only)
         self._unload.click(inputs=None, outputs=None, js="() => { window.switchyard.unload(); }", **js_only)
-        self.backend.change(
-            inputs=[self.backend], outputs=None, js="(name) => { window.switchyard.showOptions(name); }", **js_only
-        )
+        self.backend.change(inputs=[self.backend], outputs=None, js=SHOW_OPTIONS, **js_only)
 
     @staticmethod
     def _pick(dropdown: gr.Dropdown, answer: Any, inputs: list[Any], outputs: list[Any]) -> None:

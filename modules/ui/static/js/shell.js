@@ -306,4 +306,5 @@ export function mount({ element, trigger }) {
     deletePreset,
     neutral,
   };
+  showOptions(window.switchyardBackend);
 }
