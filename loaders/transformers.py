@@ -136,14 +136,17 @@ def estimate(shape: Shape, options: Mapping[str, Any], machine: Machine) -> Memo
     cache = shape.cache_elements(context) * width + shape.state
     compute = prefill_bytes(shape, min(int(options["prefill_chunk"]), context), context) + layer_cache(shape, context, width)
     read = int((weights - looked_up) * shape.active) + cache // 2
+    on_gpu = weights + cache + compute if gpu else 0
+    # Layers that the GPUs have no room for stay in main memory, except with bitsandbytes.
+    left = min(max(on_gpu - machine.vram_free_bytes, 0), weights) if plain else 0
     return Memory(
-        weights=0 if gpu or in_file else weights,
+        weights=left if gpu else 0 if in_file else weights,
         mapped=weights - looked_up if in_file else 0,
         cache=0 if gpu else cache,
         compute=0 if gpu else compute,
         base=TRANSFORMERS_BASE,
         loading=loading,
-        vram=weights + cache + compute if gpu else 0,
+        vram=on_gpu - left,
         read=read,
         efficiency=_efficiency(dtype, options, machine),
         step_s=_LAYER_S * shape.layers,

@@ -19,12 +19,13 @@ from modules.detect import inspect
 from modules.download.hub import Hub
 from modules.errors import AppError, CannotFit
 from modules.plan import Fit, Machine, Memory, Shape, nearest, plan, verdict
-from modules.plan.admission import need_of, refusal
+from modules.plan.admission import Need, need_of, refusal
 from modules.plan.cli import add_parser, run
 from modules.plan.machine import instruction_sets, known_bandwidth, measure_bandwidth, parse_gpus, usable_cores
 from modules.plan.planner import complete, contexts, estimate, estimator, size, tokens_per_second
 from modules.plan.repository import plan_repository
 from modules.plan.shape import read_shape
+from modules.plan.types import Gpu
 from modules.registry import discover
 from modules.schema import LoaderSpec, ModelFiles
 from tests.unit.hub_server import FakeHub
@@ -145,6 +146,16 @@ def test_a_smaller_cache_type_and_number_format_need_less() -> None:
     assert sizes == sorted(sizes, reverse=True) and sizes[0] == 4 * LLAMA.parameters
     in_file = estimate(LLAMA, hf, complete(hf, {"dtype": "bfloat16"}), MACHINE)
     assert (in_file.weights, in_file.mapped) == (0, 2 * (LLAMA.parameters - LLAMA.embedding))
+
+
+def test_transformers_leaves_on_the_cpu_what_a_gpu_has_no_room_for() -> None:
+    spec = SPECS["transformers"]
+    card = dataclasses.replace(MACHINE, gpus=(Gpu("card", 2 * GB, 2 * GB),))
+    whole = estimate(LLAMA, spec, complete(spec, {}), dataclasses.replace(MACHINE, gpus=(Gpu("card", 8 * GB, 8 * GB),)))
+    parted = estimate(LLAMA, spec, complete(spec, {}), card)
+    assert parted.vram == 2 * GB and parted.weights == whole.vram - 2 * GB > 0 == whole.weights
+    assert not Need(parted, LLAMA, known=True).hopeless(card)
+    assert not estimate(LLAMA, spec, complete(spec, {"load_in_8bit": True}), card).weights
 
 
 def test_the_time_of_a_token() -> None:
