@@ -185,6 +185,7 @@ def test_switching_chats_in_mid_stream_keeps_each_answer_in_its_own_chat(visit: 
     send(page, "a short one")
     assert body(answer(page)).strip() == "a short one"
     page.locator(".sy-conversation", has_text="long one").first.click()
+    expect(page.get_by_test_id("message").first).to_contain_text("long one")
     expect(page.get_by_test_id("message")).to_have_count(2)
     assert "short" not in body(answer(page))
 
