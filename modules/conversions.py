@@ -18,6 +18,7 @@ from modules.convert.gguf import AUTO, ConvertJob, convert, default_output
 from modules.convert.gguf_types import gguf_type
 from modules.errors import AppError, Conflict, NotFound
 from modules.events import EventBus, revision
+from modules.job_queue import JobQueue
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -69,9 +70,7 @@ class Conversions:
         self._events = events
         self._run = run
         self._jobs: dict[str, Job] = {}
-        self._waiting: list[str] = []
-        self._runner: asyncio.Task[None] | None = None
-        self._work: asyncio.Task[None] | None = None
+        self._queue = JobQueue(self._one, "conversions")
 
     def jobs(self) -> list[dict[str, Any]]:
         """The newest first."""
@@ -99,22 +98,17 @@ class Conversions:
         self._jobs[job.id] = job
         for old in [old for old in self._jobs.values() if old.over][:-KEPT]:
             del self._jobs[old.id]
-        self._waiting.append(job.id)
         self._change(job, stage="waiting")
-        if self._runner is None or self._runner.done():
-            self._runner = asyncio.get_running_loop().create_task(self._run_queue(), name="conversions")
+        self._queue.add(job.id)
         return job.shown()
 
     async def cancel(self, job_id: str) -> dict[str, Any]:
         """Stop a queued or running one; nothing of it stays."""
         job = self._job(job_id)
-        if job_id in self._waiting:
-            self._waiting.remove(job_id)
+        if self._queue.withdraw(job_id):
             self._change(job, state="cancelled", stage="")
-        elif job.state == "running" and self._work is not None:
-            work = self._work
-            work.cancel()
-            await asyncio.wait([work])
+        elif job.state == "running":
+            await self._queue.stop()
         return job.shown()
 
     def forget(self, job_id: str) -> None:
@@ -125,25 +119,12 @@ class Conversions:
         self._events.publish("conversion", {"id": job_id, "state": "forgotten", "revision": revision()})
 
     async def close(self) -> None:
-        self._waiting.clear()
-        if self._runner is not None and not self._runner.done():
-            self._runner.cancel()
-            await asyncio.wait([self._runner])
+        await self._queue.close()
 
     # --- at work --------------------------------------------------------------------------------------------------
 
-    async def _run_queue(self) -> None:
-        while self._waiting:
-            job = self._jobs[self._waiting.pop(0)]
-            self._work = asyncio.get_running_loop().create_task(self._one(job), name="conversion")
-            try:
-                await asyncio.wait([self._work])
-            except asyncio.CancelledError:
-                self._work.cancel()
-                await asyncio.wait([self._work])
-                raise
-
-    async def _one(self, job: Job) -> None:
+    async def _one(self, job_id: str) -> None:
+        job = self._jobs[job_id]
         self._change(job, state="running", stage="starting")
         try:
             files = await asyncio.to_thread(self._library.find, job.model)

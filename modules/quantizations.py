@@ -8,7 +8,6 @@ a `quantization` event, the job as `Job.shown` gives it.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
 import secrets
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from modules.errors import AppError, Conflict, IncompatibleModel, InvalidParameter, NotFound
 from modules.events import EventBus, revision
+from modules.job_queue import JobQueue
 from modules.overlays import read_json, write_json
 from modules.paths import confine
 from modules.quantize.process import QuantizeJob, default_out, quantize
@@ -81,9 +81,7 @@ class Quantizations:
         self._record = record
         self._run = run
         self._jobs: dict[str, Job] = {job.id: job for job in self._remembered()}
-        self._waiting: list[str] = []
-        self._runner: asyncio.Task[None] | None = None
-        self._work: asyncio.Task[Any] | None = None
+        self._queue = JobQueue(self._one, "quantizations")
 
     def jobs(self) -> list[dict[str, Any]]:
         """The newest first."""
@@ -107,7 +105,7 @@ class Quantizations:
         if any(not job.over and job.out == str(out) for job in self._jobs.values()):
             raise Conflict(f"{out.name} is being made.", hint="Wait for it, or give another name.")
         job = Job(secrets.token_hex(6), files.id, str(out), made.to_dict(), device, created=time.time(), overwrite=overwrite)
-        return self._queue(job)
+        return self._add(job)
 
     def resume(self, job_id: str) -> dict[str, Any]:
         """Go on after the last finished block."""
@@ -115,18 +113,15 @@ class Quantizations:
         if not job.over or job.state == "done":
             raise Conflict("This one is not stopped.", hint="Start a new one.")
         job.error, job.losses, job.notes = None, [], []
-        return self._queue(job)
+        return self._add(job)
 
     async def cancel(self, job_id: str) -> None:
         """Stop a queued or running one. The finished blocks stay for `resume`."""
         job = self._job(job_id)
-        if job_id in self._waiting:
-            self._waiting.remove(job_id)
+        if self._queue.withdraw(job_id):
             self._change(job, state="cancelled", stage="")
-        elif job.state == "running" and self._work is not None:
-            work = self._work
-            work.cancel()
-            await asyncio.wait([work])
+        elif job.state == "running":
+            await self._queue.stop()
 
     def forget(self, job_id: str) -> None:
         """Take an ended one off the list; the checkpoint it made stays, an unfinished one's work folder goes."""
@@ -140,35 +135,18 @@ class Quantizations:
         self._events.publish("quantization", {"id": job_id, "state": "forgotten"})
 
     async def close(self) -> None:
-        self._waiting.clear()
-        for task in (self._runner, self._work):
-            if task is not None and not task.done():
-                task.cancel()
-                with contextlib.suppress(asyncio.CancelledError):
-                    await task
+        await self._queue.close()
 
     # --- at work --------------------------------------------------------------------------------------------------
 
-    def _queue(self, job: Job) -> dict[str, Any]:
+    def _add(self, job: Job) -> dict[str, Any]:
         self._jobs[job.id] = job
-        self._waiting.append(job.id)
         self._change(job, state="queued", stage="waiting")
-        if self._runner is None or self._runner.done():
-            self._runner = asyncio.get_running_loop().create_task(self._run_queue(), name="quantizations")
+        self._queue.add(job.id)
         return job.shown()
 
-    async def _run_queue(self) -> None:
-        while self._waiting:
-            job = self._jobs[self._waiting.pop(0)]
-            self._work = asyncio.get_running_loop().create_task(self._one(job), name="quantization")
-            try:
-                await asyncio.wait([self._work])
-            except asyncio.CancelledError:  # the server ends: whoever asked will find it resumable
-                self._work.cancel()
-                await asyncio.wait([self._work])
-                raise
-
-    async def _one(self, job: Job) -> None:
+    async def _one(self, job_id: str) -> None:
+        job = self._jobs[job_id]
         self._change(job, state="running", stage="starting", fraction=0.0)
         try:
             files = await asyncio.to_thread(self._library.find, job.model)

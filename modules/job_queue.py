@@ -1,0 +1,55 @@
+"""Jobs in the background of the server, one after another."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+
+
+class JobQueue:
+    """The ids of jobs that wait, and the task of the one at work, which `work` does. Belongs to the server's event loop."""
+
+    def __init__(self, work: Callable[[str], Coroutine[Any, Any, None]], name: str) -> None:
+        self._do = work
+        self._name = name
+        self._waiting: list[str] = []
+        self._runner: asyncio.Task[None] | None = None
+        self._work: asyncio.Task[None] | None = None
+
+    def add(self, job_id: str) -> None:
+        self._waiting.append(job_id)
+        if self._runner is None or self._runner.done():
+            self._runner = asyncio.get_running_loop().create_task(self._run(), name=self._name)
+
+    def withdraw(self, job_id: str) -> bool:
+        """Whether it still waited; it does no longer."""
+        waited = job_id in self._waiting
+        if waited:
+            self._waiting.remove(job_id)
+        return waited
+
+    async def stop(self) -> None:
+        """End the one at work, and wait until it has ended."""
+        work = self._work
+        if work is not None:
+            work.cancel()
+            await asyncio.wait([work])
+
+    async def close(self) -> None:
+        """End all of it."""
+        self._waiting.clear()
+        if self._runner is not None and not self._runner.done():
+            self._runner.cancel()
+            await asyncio.wait([self._runner])
+
+    async def _run(self) -> None:
+        while self._waiting:
+            self._work = asyncio.get_running_loop().create_task(self._do(self._waiting.pop(0)), name=f"{self._name}: one")
+            try:
+                await asyncio.wait([self._work])
+            except asyncio.CancelledError:  # the server ends
+                await self.stop()
+                raise
