@@ -18,7 +18,14 @@ from loaders._logits import guidance_of, negative_ids
 from loaders._process import peak_memory
 from modules.assemble import TokenAssembler
 from modules.detokenize import WindowDetokenizer
-from modules.errors import AppError, ContextLengthExceeded, GenerateOutOfMemory, GenerationFailed, InvalidParameter
+from modules.errors import (
+    AppError,
+    ContextLengthExceeded,
+    GenerateOutOfMemory,
+    GenerationFailed,
+    InvalidParameter,
+    is_out_of_memory,
+)
 from modules.grammar import Grammars
 from modules.sampler_math import guided
 from modules.samplers import SamplerChain, SequenceBreakers, token_logprob
@@ -378,7 +385,7 @@ class Batcher:
         import torch
 
         text = str(error)
-        if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in text:
+        if is_out_of_memory(error):
             if self._model.plan.cuda:
                 torch.cuda.empty_cache()
             return GenerateOutOfMemory(

@@ -10,19 +10,26 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from loaders import _hf_compat, _process
 from loaders._hf_contrast import ContrastiveSearch, settings
-from loaders._hf_load import Loaded, is_out_of_memory
 from loaders._hf_modes import Guidance, PromptLookup
 from loaders._hf_prefix import PrefixCache
 from loaders._logits import guidance_of, negative_ids
 from modules import sampling as table
 from modules.assemble import TokenAssembler
 from modules.detokenize import WindowDetokenizer
-from modules.errors import ContextLengthExceeded, GenerateOutOfMemory, GenerationFailed, InvalidParameter, LoadOutOfMemory
+from modules.errors import (
+    ContextLengthExceeded,
+    GenerateOutOfMemory,
+    GenerationFailed,
+    InvalidParameter,
+    LoadOutOfMemory,
+    is_out_of_memory,
+)
 from modules.grammar import Constraint, Grammars
 from modules.samplers import SamplerChain, SequenceBreakers, token_logprob
 from modules.schema import Done, Event, GenerationRequest, PrefillProgress, Timings, TokenEvent, TokenLogprob, Usage
 
 if TYPE_CHECKING:
+    from loaders._hf_load import Loaded
     from loaders._hf_vision import Seen
     from modules.engine import CancelToken
 

@@ -23,6 +23,7 @@ from modules.errors import (
     LoadError,
     LoadOutOfMemory,
     UnsafeModel,
+    is_out_of_memory,
 )
 from modules.schema import LoadProgress, ModelInfo, Quantization
 
@@ -479,16 +480,6 @@ def typed(error: Exception, config: dict[str, Any], what: str) -> AppError:
     if "okenizer" in what:
         return CorruptModel(f"{what}: {text}.", hint="Get tokenizer.json again from where the model came from.")
     return LoadError(f"Transformers could not load the model: {text}.", hint="The log has the details.")
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether torch, CUDA or Python ran out of memory."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and any(
-        mark in text for mark in ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    )
 
 
 def one_line(error: BaseException) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
-from loaders._hf_load import Loaded, chat_template, end_token_ids, is_out_of_memory, typed
+from loaders._hf_load import Loaded, chat_template, end_token_ids, typed
 from loaders._hf_text import TextCodec
 from loaders._rwkv_text import BYTE_SIZE, END_OF_TEXT, PILE_SIZE, WORLD_SIZE, ByteCodec, byte_codec, world_codec
 from modules.detect.rwkv import RwkvShape, rwkv_shape
@@ -29,6 +29,7 @@ from modules.errors import (
     InvalidParameter,
     LoadOutOfMemory,
     UnsafeModel,
+    is_out_of_memory,
 )
 from modules.schema import LoadProgress, ModelInfo, Quantization
 

@@ -19,7 +19,7 @@ from loaders._flexgen_plan import Plan, cache_elements, elements, main_memory_by
 from loaders._logits import NEED_THE_MODEL, THREADS, LogitsEngine, ctx_size
 from loaders._process import give_back_at_once
 from modules import sampling as table
-from modules.errors import CorruptModel, LoadError, LoadOutOfMemory, StorageFull
+from modules.errors import CorruptModel, LoadError, LoadOutOfMemory, StorageFull, is_out_of_memory
 from modules.plan.types import Machine, Memory, Setting, Shape
 from modules.schema import LoaderSpec, LoadProgress, ModelFiles, ModelInfo, OptionSpec, Quantization
 
@@ -200,7 +200,7 @@ class FlexGenEngine(LogitsEngine):
         try:
             self._model = FlexModel(shape, plan, errors, str(self._offload))
         except (RuntimeError, MemoryError) as error:
-            if isinstance(error, (MemoryError, torch.cuda.OutOfMemoryError)) or "can't allocate memory" in str(error):
+            if is_out_of_memory(error):
                 raise LoadOutOfMemory(
                     "The memory is too small for this placement of the weights.",
                     hint="Put more of the weights on CPU or disk (w_percent), or set compress_weight.",

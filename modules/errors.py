@@ -24,7 +24,19 @@ what to do. Codes cross the worker's pipe as strings (`to_wire`, `error_from_wir
 
 from __future__ import annotations
 
+import errno
 from typing import Any, ClassVar
+
+# How Python, torch, CUDA, Rust's and C++'s libraries word it.
+_OUT_OF_MEMORY = (
+    "MemoryError",  # and torch's OutOfMemoryError
+    "out of memory",
+    "not enough memory",
+    "can't allocate memory",
+    "Cannot allocate memory",
+    "bad_alloc",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 class AppError(Exception):
@@ -314,3 +326,15 @@ def error_from_wire(data: dict[str, Any]) -> AppError:
     return cls(
         str(data.get("message", "")), hint=str(data.get("hint", "")), param=data.get("param"), detail=data.get("detail") or {}
     )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch, CUDA, a native library or Python itself ran out of memory."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    return isinstance(error, MemoryError) or says_out_of_memory(f"{type(error).__name__}: {error}")
+
+
+def says_out_of_memory(text: str) -> bool:
+    """Whether a message or a log tells of memory that ran out."""
+    return any(words in text for words in _OUT_OF_MEMORY)

@@ -21,7 +21,16 @@ from typing import Any, BinaryIO
 
 from modules import protocol
 from modules.engine import CancelToken, Engine
-from modules.errors import AppError, EngineError, GenerateOutOfMemory, GenerationFailed, LoadError, LoadOutOfMemory, ProtocolError
+from modules.errors import (
+    AppError,
+    EngineError,
+    GenerateOutOfMemory,
+    GenerationFailed,
+    LoadError,
+    LoadOutOfMemory,
+    ProtocolError,
+    is_out_of_memory,
+)
 from modules.registry import engine_class, load_spec
 from modules.schema import ChatInput, Done, Event, GenerationRequest, PrefillProgress, TokenEvent, from_wire, to_wire
 
@@ -142,12 +151,13 @@ class Worker:
             info = self._engine.load(path, options, lambda p: self.send({"type": "progress", **to_wire(p)}))
         except AppError as error:
             self._send_error(error)
-        except MemoryError:
-            traceback.print_exc()
-            self._send_error(LoadOutOfMemory("This machine's memory is too small for the model.", hint=_SMALLER))
         except Exception as error:
             traceback.print_exc()
-            self._send_error(LoadError(f"{self._engine.spec.title} could not load the model: {_one_line(error)}."))
+            self._send_error(
+                LoadOutOfMemory("This machine's memory is too small for the model.", hint=_SMALLER)
+                if is_out_of_memory(error)
+                else LoadError(f"{self._engine.spec.title} could not load the model: {_one_line(error)}.")
+            )
         else:
             self._slots = info.slots or self._engine.spec.slots
             self.send({"type": "loaded", "info": to_wire(info)})
@@ -161,7 +171,7 @@ class Worker:
             traceback.print_exc()
             failure = (
                 GenerateOutOfMemory("The machine's memory ran out in the middle of the answer.", hint=_SMALLER)
-                if isinstance(error, MemoryError)
+                if is_out_of_memory(error)
                 else GenerationFailed(f"{self._engine.spec.title} failed: {_one_line(error)}.", hint="Try again.")
             )
         self._send_error(failure, request_id=request_id)

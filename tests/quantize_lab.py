@@ -380,9 +380,7 @@ def out_of_memory(folder: Path) -> Any:
     def tighten(event: dict[str, Any]) -> None:
         if event.get("block") == 2 and event["layer"].endswith("o_proj"):
             used = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
-            resource.setrlimit(
-                resource.RLIMIT_AS, (used + (4 << 20), unlimited[1])
-            )  # down_proj's Hessian: 36 MiB, beyond what malloc keeps
+            resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 20), unlimited[1]))  # down_proj's Hessian: 36 MiB
 
     def run(out: str) -> None:
         try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from modules.child_process import Ended, run_job
-from modules.errors import AppError, LoadError, LoadOutOfMemory
+from modules.errors import AppError, LoadError, LoadOutOfMemory, says_out_of_memory
 from modules.schema import LoadProgress
 
 OnProgress = Callable[[LoadProgress], None]
@@ -40,7 +40,7 @@ async def run_child(
 
 def _failure(ended: Ended) -> AppError:
     text = "\n".join(ended.stderr)
-    if ended.exit_code == -9 or any(sign in text for sign in ("MemoryError", "bad_alloc", "can't allocate memory")):
+    if ended.exit_code == -9 or says_out_of_memory(text):
         return LoadOutOfMemory(
             "The conversion ran out of memory.",
             hint="Close other programs or unload a model, then try again.",

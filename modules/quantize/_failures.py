@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 
-from modules.errors import AppError, LoadError, LoadOutOfMemory, StorageError, StorageFull
+from modules.errors import AppError, LoadError, LoadOutOfMemory, StorageError, StorageFull, is_out_of_memory
 
 
 def typed(error: Exception) -> AppError:
     """The product's error for what Python and torch raise."""
     text = " ".join(str(error).split())
-    if isinstance(error, MemoryError) or "out of memory" in text or "not enough memory" in text or "can't allocate" in text:
+    if is_out_of_memory(error):
         return LoadOutOfMemory(
             "The memory ran out.",
             hint="Run the same command again to go on from the last finished block, with less --nsamples or --seqlen.",

@@ -97,11 +97,8 @@ def far(request: pytest.FixtureRequest, overlays: Overlays, tmp_path_factory: py
     """The server, running, and the loader connected to its one model."""
     command, environ, pattern = _command(request.param, overlays)
     folder = tmp_path_factory.mktemp(request.param)
-    process = subprocess.Popen(
-        command, cwd=folder, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    process, url = _started(command, folder, environ, pattern)
     try:
-        url = _address(process, pattern)
         store = RemoteStore(folder)
         server = store.add("far", url, KEY)
         health = asyncio.run(Remotes(store).check(server))
@@ -116,24 +113,38 @@ def far(request: pytest.FixtureRequest, overlays: Overlays, tmp_path_factory: py
         process.communicate()
 
 
-def _address(process: subprocess.Popen[bytes], pattern: str) -> str:
-    """What it prints once it listens; its further output is read and dropped, or it would stop at a full pipe."""
-    found: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+def _started(command: list[str], folder: Path, environ: dict[str, str], pattern: str) -> tuple[subprocess.Popen[bytes], str]:
+    """The process and the address it prints once it listens. llama-server hung before that once in thousands of starts."""
     lines: list[str] = []
+    for _ in range(3):
+        process = subprocess.Popen(
+            command, cwd=folder, env=environ, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        found: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        threading.Thread(target=_read, args=(process, pattern, lines, found), daemon=True).start()
+        try:
+            url = found.get(timeout=START_S)
+        except queue.Empty:
+            url = None
+        if url is not None:
+            return process, url
+        ended = process.poll() is not None
+        process.kill()
+        process.wait()
+        if ended:
+            break
+    raise AssertionError("it did not start:\n" + "".join(lines[-20:]))
 
-    def read() -> None:
-        assert process.stdout is not None
-        for raw in process.stdout:
-            line = raw.decode("utf-8", "replace")
-            lines.append(line)
-            if match := re.search(pattern, line):
-                found.put(match[1])
-        found.put(None)
 
-    threading.Thread(target=read, daemon=True).start()
-    url = found.get(timeout=START_S)
-    assert url is not None, "it did not start:\n" + "".join(lines[-20:])
-    return url
+def _read(process: subprocess.Popen[bytes], pattern: str, lines: list[str], found: queue.SimpleQueue[str | None]) -> None:
+    """Its output to the end, or it would stop at a full pipe."""
+    assert process.stdout is not None
+    for raw in process.stdout:
+        line = raw.decode("utf-8", "replace")
+        lines.append(line)
+        if match := re.search(pattern, line):
+            found.put(match[1])
+    found.put(None)
 
 
 def test_it_is_known(far: Far) -> None:
