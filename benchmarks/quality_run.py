@@ -31,6 +31,7 @@ from modules.quantize import _job  # noqa: E402
 from modules.quantize.settings import complete_settings  # noqa: E402
 
 DECODED = 64
+ROUNDS = 5
 
 
 def perplexity(model: Any, windows: torch.Tensor) -> float:
@@ -43,18 +44,19 @@ def perplexity(model: Any, windows: torch.Tensor) -> float:
     return float(torch.tensor(total / (windows.shape[0] * (windows.shape[1] - 1))).exp())
 
 
-def decode_tok_s(model: Any, prompt: torch.Tensor) -> float:
-    """Greedy tokens per second, one sequence, KV cache; the better of two runs."""
-    best = 0.0
+def decode_tok_s(models: list[Any], prompt: torch.Tensor) -> list[float]:
+    """Greedy tokens per second of each, one sequence, KV cache; they take turns, so that a busy machine is as busy for each."""
+    best = [0.0] * len(models)
     with torch.inference_mode():
-        for _ in range(2):
-            output = model(prompt[None], use_cache=True)
-            token = output.logits[:, -1:].argmax(-1)
-            started = time.perf_counter()
-            for _ in range(DECODED):
-                output = model(token, past_key_values=output.past_key_values, use_cache=True)
+        for _ in range(ROUNDS):
+            for number, model in enumerate(models):
+                output = model(prompt[None], use_cache=True)
                 token = output.logits[:, -1:].argmax(-1)
-            best = max(best, DECODED / (time.perf_counter() - started))
+                started = time.perf_counter()
+                for _ in range(DECODED):
+                    output = model(token, past_key_values=output.past_key_values, use_cache=True)
+                    token = output.logits[:, -1:].argmax(-1)
+                best[number] = max(best[number], DECODED / (time.perf_counter() - started))
     return best
 
 
@@ -87,13 +89,17 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     prompt = ids[:32]
     rows = [
         {"label": "float32", "method": "", "bits": 32, "group_size": "", "size_mb": size_mb(base), "memory_mb": weights_mb(model)}
-        | {"ppl": perplexity(model, windows), "tok_s": decode_tok_s(model, prompt)}
+        | {"ppl": perplexity(model, windows)}
     ]
     print(rows[0], file=sys.stderr)
-    del model
+    models = [model]
     for wanted in job["rows"]:
-        rows.append(one(wanted, job, windows, prompt))
-        print(rows[-1], file=sys.stderr)
+        row, model = one(wanted, job, windows)
+        rows.append(row)
+        models.append(model)
+        print(row, file=sys.stderr)
+    for row, speed in zip(rows, decode_tok_s(models, prompt), strict=True):
+        row["tok_s"] = speed
     return {"rows": rows, "windows": list(windows.shape), "torch": torch.__version__}
 
 
@@ -110,8 +116,8 @@ def checkpoints(wanted: dict[str, Any], job: dict[str, Any]) -> Iterator[tuple[P
         yield out, time.perf_counter() - started
 
 
-def one(wanted: dict[str, Any], job: dict[str, Any], windows: torch.Tensor, prompt: torch.Tensor) -> dict[str, Any]:
-    """A row: perplexities are means over its draws, `spread` their standard deviation."""
+def one(wanted: dict[str, Any], job: dict[str, Any], windows: torch.Tensor) -> tuple[dict[str, Any], Any]:
+    """A row and its last model; perplexities are means over the draws, `spread` their standard deviation."""
     row = {key: wanted[key] for key in ("label", "method", "bits", "group_size")}
     exact, int4 = [], []
     for out, seconds in checkpoints(wanted, job):
@@ -119,10 +125,9 @@ def one(wanted: dict[str, Any], job: dict[str, Any], windows: torch.Tensor, prom
         model = packed(out, "int4")
         int4.append(perplexity(model, windows))
         row |= {"size_mb": size_mb(out), "memory_mb": weights_mb(model)}
-        row["tok_s"] = max(row.get("tok_s", 0.0), decode_tok_s(model, prompt))
         if seconds is not None:
             row["quantize_s"] = round(seconds, 1)
-    return row | {"ppl": statistics.mean(exact), "spread": statistics.pstdev(exact), "ppl_int4": statistics.mean(int4)}
+    return row | {"ppl": statistics.mean(exact), "spread": statistics.pstdev(exact), "ppl_int4": statistics.mean(int4)}, model
 
 
 def main(path: str) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from loaders._estimate import FLOAT32_SHARE
 from loaders._hf_text import TextCodec
 from loaders._hf_vision import Vision, open_vision
+from loaders._process import memory_given_back
 from modules.detect.config_keys import CONFIG_FILES, refuse_code
 from modules.errors import (
     AppError,
@@ -73,16 +74,17 @@ def load(path: str, options: dict[str, Any], progress: Progress) -> Loaded:
         progress(LoadProgress("Reading weights", 0.0))
         previous = transformers.utils.logging.set_tqdm_hook(_progress_hook(progress))
         try:
-            model, report = model_class(transformers, vision).from_pretrained(
-                path,
-                config=config,
-                trust_remote_code=False,
-                local_files_only=True,
-                use_safetensors=True,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,  # so that the report names them; any is an error below
-                **arguments,
-            )
+            with memory_given_back():  # else bitsandbytes' peak is between one and two times what it leaves, by chance
+                model, report = model_class(transformers, vision).from_pretrained(
+                    path,
+                    config=config,
+                    trust_remote_code=False,
+                    local_files_only=True,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # so that the report names them; any is an error below
+                    **arguments,
+                )
         finally:
             transformers.utils.logging.set_tqdm_hook(previous)
         check_report(report)

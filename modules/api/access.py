@@ -37,7 +37,7 @@ FREE_PATHS = frozenset({"/health", "/login", "/favicon.ico"})
 # Reading these is anybody's; changing what is loaded, installed or applied is the operator's.
 ADMIN_WRITES = (
     *("/ui-api/models/", "/ui-api/loaders/", "/ui-api/evaluations", "/ui-api/quantizations", "/ui-api/datasets"),
-    *("/ui-api/downloads", "/ui-api/conversions", "/ui-api/trash", "/ui-api/remotes"),
+    *("/ui-api/downloads", "/ui-api/conversions", "/ui-api/trash", "/ui-api/remotes", "/api/pull", "/api/delete"),
 )
 # What text-generation-webui asks its admin key for, reading included.
 ADMIN_PATHS = tuple(

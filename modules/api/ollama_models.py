@@ -14,6 +14,8 @@ from modules.api.foreign_fields import llama_sampling
 from modules.api.openai_models import check_stops, toolset_of
 from modules.api.openai_turns import thinking_variables
 from modules.api.turn import Turn, tool_arguments
+from modules.download.hub import folder_of
+from modules.download.plan import gguf_label
 from modules.errors import InvalidParameter, ModelNotFound, UnsupportedParameter
 from modules.images import from_base64
 from modules.schema import StopParams
@@ -48,6 +50,9 @@ NO_EFFECT = {
 _SECONDS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
 _DURATION = re.compile(r"-?(?:\d+(?:\.\d*)?(?:ns|us|µs|ms|s|m|h))+")
 _ROLES = frozenset({"system", "user", "assistant", "tool"})
+
+# The hub's host may stand before it; which hub is asked is the operator's choice.
+_REPOSITORY = re.compile(r"(?:[^/:]+\.[^/]+/)?(?P<repository>[^/:]+/[^/:]+)(?::(?P<tag>[^/:]+))?")
 
 
 class Common(BaseModel):
@@ -97,6 +102,10 @@ class ShowRequest(BaseModel):
 
     model: str | None = None
     name: str | None = None
+
+
+class PullRequest(ShowRequest):
+    stream: bool | None = None
 
 
 class EmbedRequest(BaseModel):
@@ -230,13 +239,32 @@ def seconds_of(keep_alive: float | str | None) -> float | None:
 
 
 def find(services: Services, name: str) -> str:
-    """The model's own name: Ollama's clients put a tag behind a name that has none. Reads the disk; raises ModelNotFound."""
+    """The model's own name. Ollama's clients put a tag behind a name that has none, and call a model of the hub OWNER/NAME:TAG.
+
+    Reads the disk; raises ModelNotFound.
+    """
     try:
         return services.library.find(name).id
     except ModelNotFound:
+        if (asked := repository_of(name)) is not None:
+            repository, tag = asked
+            folder = folder_of(repository)
+            for model in services.library.list():
+                inside = model.id == folder or model.id.startswith(f"{folder}/")
+                if inside and tag in ("latest", gguf_label(model.path).upper()):
+                    return model.id
         if not name.endswith(":latest"):
             raise
         return services.library.find(name.removesuffix(":latest")).id
+
+
+def repository_of(name: str) -> tuple[str, str] | None:
+    """A repository of the hub and the tag; None for a name without an owner, which would be of Ollama's own registry."""
+    found = _REPOSITORY.fullmatch(name)
+    if found is None:
+        return None
+    tag = found["tag"] or "latest"
+    return found["repository"], tag if tag == "latest" else tag.upper()
 
 
 def stamp(seconds: float) -> str:

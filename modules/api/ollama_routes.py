@@ -1,4 +1,4 @@
-"""Ollama's API under /api: tags, show, ps, version, chat, generate, embed. Streams are lines of JSON."""
+"""Ollama's API under /api: tags, show, ps, version, chat, generate, embed, pull, delete. Streams are lines of JSON."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from modules.api import ollama_library, sse
 from modules.api import ollama_models as models
-from modules.api import sse
 from modules.api.body import read_object
 from modules.api.dialects import error_body
 from modules.api.embeddings import vectors_of
-from modules.api.job import Finish, Job, Reasoning, Text, ToolCallStart, prompt_tokens, render_prompt, respond
+from modules.api.job import Finish, Job, Reasoning, StreamResponse, Text, ToolCallStart, prompt_tokens, render_prompt, respond
 from modules.api.openai_models import parse, schema_of
 from modules.chat.vision import sees
 from modules.errors import AppError, NotSupported, UnsupportedParameter
@@ -25,6 +25,8 @@ from modules.reasoning import marks_of
 from modules.schema import features_of
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
     from modules.api.job import Choice, Outcome
     from modules.api.turn import Turn
     from modules.residents import Resident
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 # The version whose API this is; clients ask before they use newer parts of it.
 API_VERSION = "0.12.6"
 NDJSON = "application/x-ndjson"
-NOT_HERE = ("push", "create", "copy", "delete", "blobs/{digest}", "me", "signout")
+NOT_HERE = ("push", "create", "copy", "blobs/{digest}", "me", "signout")
 dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -112,12 +114,21 @@ def build_router(services: Services) -> APIRouter:
         _keep(services, name, keep)
         return JSONResponse({"embedding": made.vectors[0]})
 
-    @router.post("/pull", openapi_extra=_schema(models.ShowRequest))
-    async def pull(request: Request) -> JSONResponse:
-        """Says success for a model that is here. Others are fetched on the page or by `server.py download`."""
+    @router.post("/pull", openapi_extra=_schema(models.PullRequest))
+    async def pull(request: Request) -> Response:
+        """Fetch a model of the hub, named OWNER/NAME or OWNER/NAME:Q4_K_M, with its progress: an admin's right."""
+        body = parse(models.PullRequest, await read_object(request))
+        lines = await ollama_library.pull(services, body.model or body.name or "")
+        if body.stream is False:
+            return JSONResponse([line async for line in lines][-1])
+        return StreamResponse(sse.EventStream(lambda write: _write_lines(write, lines), content_type=NDJSON))
+
+    @router.delete("/delete", openapi_extra=_schema(models.ShowRequest))
+    async def delete(request: Request) -> Response:
+        """Put a model into the trash of the Models page: an admin's right."""
         body = parse(models.ShowRequest, await read_object(request))
-        await asyncio.to_thread(models.find, services, body.model or body.name or "")
-        return JSONResponse({"status": "success"})
+        await ollama_library.delete(services, body.model or body.name or "")
+        return Response()
 
     for path in NOT_HERE:
         router.add_api_route(f"/{path}", _not_here, methods=["POST", "DELETE", "HEAD"], include_in_schema=False)
@@ -125,7 +136,18 @@ def build_router(services: Services) -> APIRouter:
 
 
 async def _not_here() -> Response:
-    raise NotSupported("Models are not made, copied or removed through this API.", hint="Use the page, or server.py.")
+    raise NotSupported("Models are not made or copied through this API.", hint="Use the page, or server.py.")
+
+
+async def _write_lines(write: sse.Writer, lines: AsyncIterator[dict[str, Any]]) -> None:
+    """Until there are no more, or nobody reads them."""
+    try:
+        async for line in lines:
+            if write.gone:
+                return
+            await write(f"{dumps(line)}\n".encode())
+    except AppError as error:
+        await write(f"{dumps(error_body(error, '/api/pull'))}\n".encode())
 
 
 # --- answers -------------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def _add_files(router: APIRouter, services: Services) -> None:
     async def idle(model_id: str) -> ModelFiles:
         """The model, which nothing uses. Raises ModelNotFound, Conflict."""
         model = await asyncio.to_thread(services.library.find, model_id)
-        _check_idle(services, model)
+        check_idle(services, model)
         return model
 
     @router.post("/models/rename")
@@ -53,7 +53,7 @@ def _add_files(router: APIRouter, services: Services) -> None:
         last = services.settings["last_model"]
         if last is not None and last["model"] == files.id:
             await asyncio.to_thread(services.settings.update, {"last_model": {**last, "model": new}})
-        _tell(services)
+        tell(services)
         return JSONResponse({"model": new})
 
     @router.post("/models/trash")
@@ -62,7 +62,7 @@ def _add_files(router: APIRouter, services: Services) -> None:
         model = body.text("model", limit=MAX_NAME)
         body.end()
         entry = await asyncio.to_thread(shelf.trash, await idle(model))
-        _tell(services)
+        tell(services)
         return JSONResponse({"entry": _entry(asdict(entry))})
 
     @router.get("/trash")
@@ -72,7 +72,7 @@ def _add_files(router: APIRouter, services: Services) -> None:
     @router.post("/trash/{entry_id}/restore")
     async def restore(entry_id: str) -> JSONResponse:
         model = await asyncio.to_thread(shelf.restore, entry_id)
-        _tell(services)
+        tell(services)
         return JSONResponse({"model": model})
 
     @router.delete("/trash/{entry_id}")
@@ -111,7 +111,7 @@ def can_open(request: Request) -> bool:
     return opener() is not None and from_here(request)
 
 
-def _check_idle(services: Services, model: ModelFiles) -> None:
+def check_idle(services: Services, model: ModelFiles) -> None:
     """Raise Conflict while something reads or writes the model's files."""
     path = Path(model.path)
     for resident in services.manager.residents():
@@ -125,7 +125,7 @@ def _check_idle(services: Services, model: ModelFiles) -> None:
         raise Conflict(f"{model.id} is being quantised.", hint="Stop it first, or wait for it.")
 
 
-def _tell(services: Services) -> None:
+def tell(services: Services) -> None:
     """Every open page reads the list again."""
     services.events.publish("library", {})
 
@@ -154,13 +154,13 @@ def _add_settings(router: APIRouter, services: Services) -> None:
         confined = await asyncio.to_thread(confine_paths, services.specs[loader], new, folders)
         checked = {**options, **(confined or {})}
         await asyncio.to_thread(saved.save, files.id, loader, checked)
-        _tell(services)
+        tell(services)
         return JSONResponse({})
 
     @router.delete("/models/settings")
     async def forget(model: str) -> JSONResponse:
         await asyncio.to_thread(saved.forget, model)
-        _tell(services)
+        tell(services)
         return JSONResponse({})
 
     @router.post("/models/settings/import")
@@ -180,7 +180,7 @@ def _add_settings(router: APIRouter, services: Services) -> None:
             }
 
         result = await asyncio.to_thread(work)
-        _tell(services)
+        tell(services)
         return JSONResponse(result)
 
 

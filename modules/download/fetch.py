@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modules.detect import inspect
-from modules.download.hub import Hub, check_names, list_repository
+from modules.download.hub import Hub, check_names, folder_of, list_repository
 from modules.download.plan import DownloadPlan, RepoFile, choose_files
 from modules.download.transfer import fetch_file, matches, part_path
 from modules.errors import Conflict, StorageFull, StorageReadOnly
@@ -43,7 +43,7 @@ class DownloadRequest:
 
     def target(self) -> Path:
         check_names(self.repo, self.revision)
-        return self.folder or self.model_dir / self.repo.replace("/", "_")
+        return self.folder or self.model_dir / folder_of(self.repo)
 
 
 @dataclass(frozen=True, slots=True)

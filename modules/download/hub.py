@@ -149,6 +149,11 @@ def check_names(repo: str, revision: str | None) -> None:
         raise InvalidParameter(f"{revision[:100]!r} is no branch, tag or commit.", param="revision")
 
 
+def folder_of(repo: str) -> str:
+    """The folder below the model folder that a repository is fetched into."""
+    return repo.replace("/", "_")
+
+
 async def list_repository(hub: Hub, repo: str, revision: str | None) -> tuple[str, list[RepoFile]]:
     """(commit, files) of a repository. Raises DownloadError, InvalidParameter."""
     check_names(repo, revision)

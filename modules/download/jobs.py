@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from modules.download.fetch import Downloaded, DownloadRequest, download, plan_download, remove_unfinished
-from modules.download.hub import check_names
+from modules.download.hub import check_names, folder_of
 from modules.errors import AppError, Conflict, NotFound
 from modules.events import EventBus, revision
 from modules.overlays import read_json, write_json
@@ -125,7 +125,7 @@ class Downloads:
         """Queue one; the same one asked for twice is one. Raises InvalidParameter and Conflict."""
         check_names(repository, branch)
         check_names(repository, commit)
-        folder = name or repository.replace("/", "_")
+        folder = name or folder_of(repository)
         confine(self._model_dir, folder)
         wanted = sorted(set(files))
         for job in self._jobs.values():

@@ -95,11 +95,11 @@ def variants(files: Sequence[RepoFile]) -> list[Variant]:
     for file in usable:
         if file.path.endswith(".gguf"):
             ggufs.setdefault(_SHARD.sub("", file.path), []).append(file)
-    labelled = [Variant(_gguf_label(name), tuple(parts)) for name, parts in ggufs.items()]
+    labelled = [Variant(gguf_label(name), tuple(parts)) for name, parts in ggufs.items()]
     return [*found, *sorted(labelled, key=lambda variant: (variant.size_bytes, variant.label))]
 
 
-def _gguf_label(name: str) -> str:
+def gguf_label(name: str) -> str:
     """Its type, as its name says; else the name itself."""
     stem = name.rpartition("/")[2].removesuffix(".gguf")
     types = _GGUF_TYPE.findall(stem)

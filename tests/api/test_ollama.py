@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING, Any
 import ollama
 import pytest
 
+from tests.unit.hub_server import FakeHub
+from tests.unit.model_files import gguf_bytes
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
     from tests.api.conftest import Server
 
@@ -118,6 +122,34 @@ def test_errors(client: ollama.Client, server: Server) -> None:
     assert server.http.post("/api/create", json={"model": "x"}).json()["code"] == "not_supported"
     assert server.http.get("/api/nothing").json()["code"] == "not_found"
     assert client.pull("echo").status == "success"
+
+
+def test_pull_and_delete(launch: Callable[..., Server], tmp_path: Path) -> None:
+    files = {"tiny-Q8_0.gguf": gguf_bytes(), "tiny-F16.gguf": b"GGUF" * 100, "README.md": b"#"}
+    with FakeHub(files) as hub:
+        server = launch("--model-dir", str(tmp_path / "models"), "--hub-endpoint", hub.url, model=None)
+        with ollama.Client(host=server.url) as client:
+            name = "a.hub/owner/name:q8_0"
+            lines = list(client.pull(name, stream=True))
+            assert lines[0].status == "pulling manifest" and lines[-1].status == "success"
+            assert all(line.completed <= line.total for line in lines if line.total and line.completed is not None)
+            assert (tmp_path / "models/owner_name/tiny-Q8_0.gguf").read_bytes() == files["tiny-Q8_0.gguf"]
+            assert not (tmp_path / "models/owner_name/tiny-F16.gguf").exists()
+            asked = len(hub.requests)
+            assert client.pull(name).status == "success" and len(hub.requests) == asked, "it is here already"
+            assert client.show(name).capabilities is not None
+            with pytest.raises(ollama.ResponseError, match="Q8_0"):
+                client.pull("owner/name:Q2_K")
+            with pytest.raises(ollama.ResponseError, match="OWNER/NAME"):
+                client.pull("llama3.2")
+            hub.faults.corrupt = 9
+            with pytest.raises(ollama.ResponseError, match="sha256"):
+                list(client.pull("owner/other:f16", stream=True))
+            assert client.delete(name).status == "success"
+            with pytest.raises(ollama.ResponseError, match="no model"):
+                client.delete(name)
+        trashed = server.http.get("/ui-api/trash").json()["entries"]
+        assert len(trashed) == 1 and trashed[0]["model"].startswith("owner_name")
 
 
 def test_a_failure_in_mid_stream_is_an_error_line(server: Server) -> None:
