@@ -92,6 +92,7 @@ def build_services(config: Config) -> Services:
         datasets=[config.user_data_dir / "datasets"],
         options=model_options,
     )
+    store = open_place(config.database_url or config.user_data_dir, config.user_data_dir)
     hub = HubAccount(config.user_data_dir, config.hub_endpoint, config.hub_proxy)
     return Services(
         config=config,
@@ -103,11 +104,11 @@ def build_services(config: Config) -> Services:
         manager=manager,
         runs=Runs(manager),
         templates=TemplateRenderer(),
-        attachments=Attachments(config.user_data_dir / "attachments"),
+        attachments=Attachments(store),
         settings=settings,
         model_settings=model_settings,
         presets=presets,
-        store=open_place(config.database_url or config.user_data_dir, config.user_data_dir),
+        store=store,
         ray=ray,
         installs=InstallManager(overlays, events, torch=config.torch),
         evaluations=EvaluationJobs(around, events),

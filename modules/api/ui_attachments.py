@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request
-from starlette.responses import FileResponse, JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from modules.api.ui_body import Body
 from modules.images import MAX_BYTES, MEDIA_TYPES
@@ -25,12 +24,12 @@ def build_router(attachments: Attachments) -> APIRouter:
         body = await Body.of(request)
         image = body.text("image", limit=MAX_BYTES * 2)
         body.end()
-        return JSONResponse({"name": await asyncio.to_thread(attachments.save, image)})
+        return JSONResponse({"name": await attachments.save(image)})
 
     @router.get("/attachments/{name}")
-    async def read(name: str) -> FileResponse:
-        path = await asyncio.to_thread(attachments.path, name)
-        media = MEDIA_TYPES[path.suffix[1:]]
-        return FileResponse(path, media_type=media, headers={"Cache-Control": "private, max-age=31536000, immutable"})
+    async def read(name: str) -> Response:
+        data = await attachments.read(name)
+        media = MEDIA_TYPES[name.rpartition(".")[2]]
+        return Response(data, media_type=media, headers={"Cache-Control": "private, max-age=31536000, immutable"})
 
     return router

@@ -3,27 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from fastapi import APIRouter, Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, StreamingResponse
 
 from modules.api.body import read_object
 from modules.api.ui_body import Body
-from modules.chat import transfer
+from modules.chat import transcript, transfer
 from modules.errors import InvalidParameter
 
 if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Iterator
+
+    from modules.chat.attachments import Attachments
     from modules.chat.service import ChatService
 
 MAX_ID = 200
 MAX_QUERY = 1000
+CHUNK = 1 << 20
 
 
-def build_router(chat: ChatService) -> APIRouter:
+def build_router(chat: ChatService, attachments: Attachments) -> APIRouter:
     """`/ui-api/conversations`, `/ui-api/messages`, `/ui-api/undo`."""
     router = APIRouter(prefix="/ui-api", include_in_schema=False)
 
@@ -43,8 +46,9 @@ def build_router(chat: ChatService) -> APIRouter:
     async def import_(request: Request) -> JSONResponse:
         # A file may be large: the rest of the server goes on meanwhile.
         data = await read_object(request)
-        new, report = await asyncio.to_thread(transfer.from_json, data)
-        return JSONResponse({**await chat.add_conversation(new), "report": report})
+        found = await asyncio.to_thread(transfer.from_json, data)
+        report = [*found.report, *await attachments.take_in(found.images, transfer.shown_images(found.conversation))]
+        return JSONResponse({**await chat.add_conversation(found.conversation), "report": report})
 
     @router.get("/conversations/{conversation}")
     async def snapshot(conversation: str) -> JSONResponse:
@@ -73,11 +77,15 @@ def build_router(chat: ChatService) -> APIRouter:
         return JSONResponse({})
 
     @router.get("/conversations/{conversation}/export")
-    async def export(conversation: str) -> Response:
+    async def export(conversation: str, format: str = "json") -> StreamingResponse:
+        """The chat with its images: our own JSON, which can be imported, or Markdown, in a zip where there are images."""
+        if format not in ("json", "markdown"):
+            raise InvalidParameter("A chat is exported as json or as markdown.", param="format")
         found = await chat.export(conversation)
-        content = await asyncio.to_thread(lambda: json.dumps(transfer.to_json(found), ensure_ascii=False, indent=1).encode())
-        headers = {"Content-Disposition": _attachment(found.title), "Cache-Control": "no-store"}
-        return Response(content, media_type="application/json", headers=headers)
+        if format == "json":
+            return _download(found.title, "json", transfer.json_pieces(found, attachments))
+        file, kind = await transcript.to_file(found, attachments)
+        return _download(found.title, kind, _chunks(file))
 
     @router.post("/conversations/{conversation}/messages")
     async def send(conversation: str, request: Request) -> JSONResponse:
@@ -144,8 +152,22 @@ async def _only_client_id(request: Request) -> str:
     return client_id
 
 
-def _attachment(title: str) -> str:
+_MEDIA = {"json": "application/json", "md": "text/markdown", "zip": "application/zip"}
+
+
+def _download(title: str, kind: str, content: AsyncIterator[str] | Iterator[bytes]) -> StreamingResponse:
+    headers = {"Content-Disposition": _attachment(title, kind), "Cache-Control": "no-store"}
+    return StreamingResponse(content, media_type=_MEDIA[kind], headers=headers)
+
+
+def _chunks(file: IO[bytes]) -> Iterator[bytes]:
+    with file:
+        while chunk := file.read(CHUNK):
+            yield chunk
+
+
+def _attachment(title: str, kind: str) -> str:
     """A file name any system takes, with the real title for those that read RFC 6266's extended form."""
     name = re.sub(r"[^\w\- ]", "", title).strip()[:60] or "chat"
     plain = name.encode("ascii", "ignore").decode().strip() or "chat"
-    return f"attachment; filename=\"{plain}.json\"; filename*=UTF-8''{quote(name)}.json"
+    return f"attachment; filename=\"{plain}.{kind}\"; filename*=UTF-8''{quote(name)}.{kind}"

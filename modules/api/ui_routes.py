@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def build_router(services: Services) -> APIRouter:
     """All of it, over services whose `chat` is set."""
     router = APIRouter()
-    router.include_router(ui_conversations.build_router(services.chat))
+    router.include_router(ui_conversations.build_router(services.chat, services.attachments))
     router.include_router(ui_attachments.build_router(services.attachments))
     router.include_router(ui_events.build_router(services))
     router.include_router(ui_library.build_router(services))

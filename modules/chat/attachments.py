@@ -1,81 +1,86 @@
-"""Images that belong to messages of the page's chats.
-
-A message's text holds a reference, `![name](cid:SHA256.kind)`, and the file lies in the data folder under that name: the same
-image is there once, and neither the store of conversations nor an older version of it has to know about images.
-"""
+"""Images that belong to messages of the page's chats: checked on their way in, kept by the chat store (`store_images`), shown to
+the models that see."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
-import contextlib
-import errno
-import hashlib
-import os
 import re
-import tempfile
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from modules import images
-from modules.errors import NotFound, StorageError, StorageFull
+from modules.chat.store_images import NAME, is_name, name_of
+from modules.errors import InvalidImage, NotFound
 
 if TYPE_CHECKING:
+    from modules.chat.store import ChatStore
     from modules.schema import ModelInfo
 
-_NAME = r"[0-9a-f]{64}\.(?:png|jpeg|webp|gif)"
-REFERENCE = re.compile(rf"!\[([^\]\n]{{0,200}})\]\(cid:({_NAME})\)")
+REFERENCE = re.compile(rf"!\[([^\]\n]{{0,200}})\]\(cid:({NAME})\)")
 LEFT_OUT = "[image]"
 
 
+def named(encoded: str, param: str = "image") -> tuple[str, bytes]:
+    """(what an image in base64 is called, its bytes). Raises InvalidImage."""
+    data = base64.b64decode(images.from_base64(encoded, param))
+    return name_of(data, images.check(data).kind), data
+
+
 class Attachments:
-    """The files. All methods block."""
+    """The images of one chat store."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, store: ChatStore) -> None:
+        self._store = store
 
-    def save(self, encoded: str) -> str:
-        """Keep an image in base64; its name. Raises InvalidImage or StorageError."""
-        data = base64.b64decode(images.from_base64(encoded, "image"))
-        name = f"{hashlib.sha256(data).hexdigest()}.{images.check(data).kind}"
-        path = self._folder / name
-        if path.is_file():
-            return name
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            handle, part = tempfile.mkstemp(suffix=".part", dir=self._folder)
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(data)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(part, path)
-            except BaseException:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(part)
-                raise
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise StorageFull("The disk is full: the image was not kept.", hint="Make room, then try again.") from error
-            raise StorageError(f"The image could not be kept: {error.strerror}.", hint="Check the data folder.") from error
+    async def save(self, encoded: str) -> str:
+        """Keep an image in base64 for a message that is about to refer to it; its name. Raises InvalidImage or StorageError."""
+        name, data = await asyncio.to_thread(named, encoded)
+        await self._store.keep_image(name, data)
         return name
 
-    def path(self, name: str) -> Path:
+    async def take_in(self, found: Mapping[str, str], wanted: Sequence[str]) -> list[str]:
+        """Keep the images of an import, by name, that its messages want; what was left out, in words. Raises StorageError."""
+        broken = missing = 0
+        for name in wanted:
+            if name not in found:
+                missing += await self._store.image(name) is None
+                continue
+            try:
+                meant, data = await asyncio.to_thread(named, found[name])
+            except InvalidImage:
+                meant, data = "", b""
+            if meant == name:
+                await self._store.keep_image(name, data)
+            else:
+                broken += 1
+        report = []
+        if missing:
+            report.append(f"{missing} × an image that is not in the file.")
+        if broken:
+            report.append(f"{broken} × an image that is damaged, too large, or not what its name says was left out.")
+        if unused := len(found.keys() - set(wanted)):
+            report.append(f"{unused} × an image that no message shows was left out.")
+        return report
+
+    async def find(self, name: str) -> bytes | None:
+        """None where it is gone, or never was."""
+        return await self._store.image(name) if is_name(name) else None
+
+    async def read(self, name: str) -> bytes:
         """Raises NotFound."""
-        path = self._folder / name
-        if not re.fullmatch(_NAME, name) or not path.is_file():
+        data = await self.find(name)
+        if data is None:
             raise NotFound("There is no such image.")
-        return path
+        return data
 
-    def encoded(self, name: str) -> str | None:
-        """The image in base64, None when its file is gone."""
-        try:
-            return base64.b64encode(self.path(name).read_bytes()).decode("ascii")
-        except (NotFound, OSError):
-            return None
+    async def encoded(self, name: str) -> str | None:
+        """The image in base64, None where it is gone."""
+        data = await self.find(name)
+        return None if data is None else await asyncio.to_thread(lambda: base64.b64encode(data).decode("ascii"))
 
 
-def with_images(
+async def with_images(
     messages: Sequence[dict[str, Any]], files: Attachments, info: ModelInfo | None, warnings: list[str]
 ) -> list[dict[str, Any]]:
     """The messages with the user's images as parts (`modules.chat.vision`), before the words. What can't be shown to this model
@@ -88,7 +93,7 @@ def with_images(
             made.append(message)
             continue
         words = REFERENCE.sub("", message["content"]).strip()
-        found = [files.encoded(name) for name in names] if sees else []
+        found = [await files.encoded(name) for name in names] if sees else []
         gone += found.count(None)
         unseen += 0 if sees else len(names)
         parts: list[dict[str, Any]] = [{"type": "image", "image": image} for image in found if image is not None]
@@ -100,5 +105,5 @@ def with_images(
         count = "1 image was" if unseen == 1 else f"{unseen} images were"
         warnings.append(f"{info.name if info else 'This model'} reads no images: {count} left out.")
     if gone:
-        warnings.append(f"{gone} of the images are no longer in the data folder and were left out.")
+        warnings.append(f"{gone} of the images are no longer kept and were left out.")
     return made

@@ -1,7 +1,7 @@
 """server.py chats copy FROM TO: every chat from a data folder to a database, or back; or from one of a kind to another.
 
 One transaction of the target: all of it or nothing, so a copy that was cut off is simply begun again. Versions, deleted messages,
-undo tokens and the order of the list go with it. What has arrived is read back and compared before it is kept.
+undo tokens, images and the order of the list go with it. What has arrived is read back and compared before it is kept.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,8 +53,8 @@ class Count:
 
 
 def copy(source: SqlChatStore, target: SqlChatStore) -> dict[str, int]:
-    """Copy between two open stores that nobody else uses; how many rows of each table. Raises StoreLocked, StorageError for a
-    target that is not empty, StoreCorrupt when what arrived differs."""
+    """Copy between two open stores that nobody else uses; how many rows of each table, how many "images", how many of those
+    were "lost". Raises StoreLocked, StorageError for a target that is not empty, StoreCorrupt when what arrived differs."""
     with source.alone() as read, target.alone() as write:
         held = write.one("SELECT count(*) AS count FROM conversations")
         if held is not None and held["count"]:
@@ -69,6 +70,7 @@ def copy(source: SqlChatStore, target: SqlChatStore) -> dict[str, int]:
                 write.many(insert, rows)
                 for row in rows:
                     sent.add(table, row)
+        images, lost = _copy_images(read, write)
         write.count_from(sent.touched, sent.seq)
         for table, columns in _TABLES.items():
             for rows in _batches(write, table, columns.split()):
@@ -79,7 +81,24 @@ def copy(source: SqlChatStore, target: SqlChatStore) -> dict[str, int]:
                 "What arrived differs from what was sent: nothing was kept.", hint="Try again; report it if it stays."
             )
         target.search_index().prepare(write)
-    return {table: sent.rows.get(table, 0) for table in _TABLES}
+    return {**{table: sent.rows.get(table, 0) for table in _TABLES}, "images": images, "lost": lost}
+
+
+def _copy_images(read: Database, write: Database) -> tuple[int, int]:
+    """(how many were copied and compared, how many were gone in the source)."""
+    copied = lost = 0
+    for row in read.all("SELECT name, uploads FROM images ORDER BY name"):
+        name = row["name"]
+        data = read.image(name)
+        if data is None:
+            lost += 1
+            continue
+        write.put_image(name, data, time.time())
+        write.run("UPDATE images SET uploads = :uploads WHERE name = :name", uploads=row["uploads"], name=name)
+        if write.image(name) != data:
+            raise StoreCorrupt(f"The image {name} did not arrive as it was: nothing was kept.", hint="Try again.")
+        copied += 1
+    return copied, lost
 
 
 def _batches(db: Database, table: str, names: list[str]) -> Iterator[list[dict[str, Any]]]:
@@ -105,7 +124,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "chats",
         help="copy all chats to another place",
-        description="Copy every chat, with its versions, its trash and what can be undone, between a data folder (SQLite) and a "
+        description="Copy every chat, with its images, its trash and what can be undone, between a data folder (SQLite) and a "
         "database (postgresql://user@host/database, or @FILE that holds such a line), in either direction. The target must be "
         "empty, and no server may use either place meanwhile. All of it or nothing; what arrived is compared before it is kept.",
     )
@@ -122,7 +141,10 @@ def run(arguments: argparse.Namespace, _config: Config) -> int:
     except AppError as error:
         print(f"Switchyard: {error}", file=sys.stderr)
         return 1
-    print(f"Copied and compared: {copied['conversations']} chats with {copied['nodes']} messages.")
+    images = f", {copied['images']} images" if copied["images"] else ""
+    print(f"Copied and compared: {copied['conversations']} chats with {copied['nodes']} messages{images}.")
+    if copied["lost"]:
+        print(f"Gone at the source already: {copied['lost']} images.")
     return 0
 
 

@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Sequence
 
+    from modules.chat.store_images import ImageFolder
+
 
 class Row(Protocol):
     """A row: its columns by name."""
@@ -45,12 +47,27 @@ class Database(Protocol):
     def count_from(self, touched: int, seq: int) -> None:
         """After a copy: let that counter, and the one of the nodes, go on after these."""
 
+    def image(self, name: str) -> bytes | None:
+        """None where it is gone."""
+
+    def put_image(self, name: str, data: bytes, now: float) -> None:
+        """Keep an image, or know that it has come once more. Raises StorageError."""
+
+    def hold_images(self, names: Sequence[str]) -> None:
+        """Until the end of the transaction, let no other one upload, refer to or drop these."""
+
+    def drop_images(self, names: Sequence[str]) -> None:
+        """Forget them, and with the end of the transaction their bytes."""
+
 
 class SqliteDatabase:
-    """The caller has begun the transaction; while it writes, SQLite lets nobody else write."""
+    """The caller has begun the transaction; while it writes, SQLite lets nobody else write. `dropped` are the images whose
+    files the caller removes after the commit."""
 
-    def __init__(self, connection: sqlite3.Connection) -> None:
+    def __init__(self, connection: sqlite3.Connection, images: ImageFolder) -> None:
         self._connection = connection
+        self._images = images
+        self.dropped: list[str] = []
 
     def all(self, sql: str, **values: Any) -> list[sqlite3.Row]:
         return self._connection.execute(sql, values).fetchall()
@@ -87,3 +104,22 @@ class SqliteDatabase:
     def count_from(self, touched: int, seq: int) -> None:
         """SQLite itself has counted the nodes."""
         self.run("UPDATE meta SET value = :touched WHERE key = 'touched'", touched=str(touched))
+
+    def image(self, name: str) -> bytes | None:
+        return self._images.read(name)
+
+    def put_image(self, name: str, data: bytes, now: float) -> None:
+        self.run(
+            "INSERT INTO images (name, uploads, touched) VALUES (:name, 1, :now) "
+            "ON CONFLICT (name) DO UPDATE SET uploads = uploads + 1, touched = excluded.touched",
+            name=name,
+            now=now,
+        )
+        self._images.write(name, data)
+
+    def hold_images(self, names: Sequence[str]) -> None:
+        """Held already."""
+
+    def drop_images(self, names: Sequence[str]) -> None:
+        self.many("DELETE FROM images WHERE name = :name", [{"name": name} for name in names])
+        self.dropped += names

@@ -104,6 +104,26 @@ class PostgresDatabase:
         self.one("SELECT setval('touched', :number)", number=max(1, touched))
         self.one("SELECT setval(pg_get_serial_sequence('nodes', 'seq'), :number)", number=max(1, seq))
 
+    def image(self, name: str) -> bytes | None:
+        row = self.one("SELECT data FROM images WHERE name = :name", name=name)
+        return bytes(row["data"]) if row is not None else None
+
+    def put_image(self, name: str, data: bytes, now: float) -> None:
+        self.run(
+            "INSERT INTO images (name, uploads, touched, data) VALUES (:name, 1, :now, :data) "
+            "ON CONFLICT (name) DO UPDATE SET uploads = images.uploads + 1, touched = excluded.touched",
+            name=name,
+            now=now,
+            data=data,
+        )
+
+    def hold_images(self, names: Sequence[str]) -> None:
+        # In one order, so that two transactions never wait for each other.
+        self.all("SELECT name FROM images WHERE name = ANY(:names) ORDER BY name FOR UPDATE", names=list(names))
+
+    def drop_images(self, names: Sequence[str]) -> None:
+        self.run("DELETE FROM images WHERE name = ANY(:names)", names=list(names))
+
 
 def _storable(values: dict[str, Any]) -> dict[str, Any]:
     """PostgreSQL's text has no NUL, and a model may write one."""

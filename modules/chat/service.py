@@ -40,6 +40,7 @@ T = TypeVar("T")
 
 CHECKPOINT_S = 1.5  # the promise is two seconds
 BACKUP_EVERY_S = 24 * 3600.0
+TIDY_EVERY_S = 3600.0
 STOP_WAIT_S = 15.0
 NOTICE_KEEP_S = 600.0
 _SNAPSHOT_FIELDS = tuple(f.name for f in dataclasses.fields(Snapshot) if f.name != "messages")
@@ -109,7 +110,7 @@ class ChatService:
         self._notices += [(now, notice) for notice in notices]
         self._store.on_change = self._changed_elsewhere
         self._store.on_stop = self._stop_here
-        self._loops = [asyncio.create_task(self._checkpoints()), asyncio.create_task(self._backups())]
+        self._loops = [asyncio.create_task(loop()) for loop in (self._checkpoints, self._backups, self._tidy)]
 
     async def close(self) -> None:
         """Save what there is. The runs are stopped before, the store is closed after."""
@@ -302,7 +303,7 @@ class ChatService:
         async def prepare(resident: Resident, client: EngineClient) -> GenerationRequest:
             template = self._parts.chat_template(resident)
             builder = PromptBuilder(self._parts.templates, template, resident.info, client, warnings)
-            shown = await asyncio.to_thread(with_images, messages, self._parts.attachments, resident.info, warnings)
+            shown = await with_images(messages, self._parts.attachments, resident.info, warnings)
             return await builder.request(shown, answer, continued=continued)
 
         run = self._runs.start(prepare, None, warnings=warnings, run_id=run_id)
@@ -375,6 +376,15 @@ class ChatService:
             except StorageError as error:
                 self.notify("warning", f"The daily backup of the chats failed: {error}")
             await asyncio.sleep(self._backup_every_s)
+
+    async def _tidy(self) -> None:
+        """Images that were uploaded for messages that never came."""
+        while True:
+            await asyncio.sleep(TIDY_EVERY_S)
+            try:
+                await self._store.drop_images()
+            except StorageError as error:
+                log.warning("unused images stay for now: %s", error)
 
     async def _stop_all(self, writings: list[Writing]) -> None:
         for writing in writings:

@@ -168,7 +168,19 @@ class ChatStore(ABC):
 
     @abstractmethod
     async def purge(self, conversation: str) -> None:
-        """Remove for good. Conflict unless it is in the trash."""
+        """Remove for good, with the images that only it refers to. Conflict unless it is in the trash."""
+
+    @abstractmethod
+    async def keep_image(self, name: str, data: bytes) -> None:
+        """Keep an image under its name (`store_images.name_of`) for a message that is about to refer to it."""
+
+    @abstractmethod
+    async def image(self, name: str) -> bytes | None:
+        """None where it is gone, or never was."""
+
+    @abstractmethod
+    async def drop_images(self) -> int:
+        """Remove images that were uploaded and that no message came to refer to; how many."""
 
     @abstractmethod
     async def add_message(

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from typing import TYPE_CHECKING, Any
 
+from modules.chat import store_images
 from modules.chat.store import Change, NewConversation, Snapshot, Status
 from modules.chat.store_rows import DEFAULT_TITLE, Writes, auto_title, dump, new_id, node_values
 from modules.chat.store_tree import Outline, conversation_row, node_row, snapshot
@@ -58,6 +59,13 @@ class Actions(Writes):
         self._db.run("DELETE FROM conversations WHERE id = :id", id=conversation)
         self._db.count_change()
         self.changed = conversation
+        store_images.drop_unused(self._db)
+
+    def keep_image(self, name: str, data: bytes) -> None:
+        self._db.put_image(name, data, time.time())
+
+    def drop_images(self) -> int:
+        return len(store_images.drop_unused(self._db))
 
     def add_conversation(self, new: NewConversation) -> Snapshot:
         conversation = self._insert_conversation(

@@ -21,6 +21,7 @@ from modules.chat.presence import CHANNEL, Presence
 from modules.chat.schema_sql import POSTGRESQL_MIGRATIONS, Migration
 from modules.chat.store_actions import Actions
 from modules.chat.store_files import DataDirLock
+from modules.chat.store_images import ImageFolder, adopt
 from modules.chat.store_sql import SqlChatStore, cut_off
 from modules.errors import StorageError, StorageUnreachable, StoreLocked
 
@@ -47,6 +48,7 @@ class PostgresChatStore(SqlChatStore):
         self._reader = self._engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
         self._migrations = migrations
         self._lock = DataDirLock(folder) if folder is not None else None
+        self._images = ImageFolder(folder / "attachments") if folder is not None else None
         self._search = postgres.PostgresSearch()
         self._threads = ThreadPoolExecutor(max_workers=postgres.CONNECTIONS, thread_name_prefix="chat-store")
         self._presence: Presence | None = None
@@ -90,7 +92,10 @@ class PostgresChatStore(SqlChatStore):
             self._presence.connect()
             interrupted = self._interrupt_dead()
             with self._engine.begin() as connection:
-                self._search.prepare(postgres.PostgresDatabase(connection))
+                db = postgres.PostgresDatabase(connection)
+                self._search.prepare(db)
+                if self._images is not None:
+                    adopt(db, self._images)  # an older version kept them with each server
             self._presence.start()
         except DBAPIError as error:
             self._close()

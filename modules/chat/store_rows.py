@@ -7,6 +7,8 @@ import time
 import uuid
 from typing import TYPE_CHECKING, Any
 
+from modules.chat import store_images
+
 if TYPE_CHECKING:
     from modules.chat.database import Database
     from modules.chat.store import Role, Status
@@ -79,6 +81,7 @@ class Writes:
         if rows:
             names = ", ".join(rows[0])
             self._db.many(f"INSERT INTO nodes ({names}) VALUES (:{names.replace(', ', ', :')})", rows)
+            store_images.referred(self._db, [row["text"] for row in rows])
         self._search.add(self._db, [row["id"] for row in rows if row["status"] != "generating"])
 
     def _touch(self, conversation: str, moved: bool = True) -> None:

@@ -61,6 +61,9 @@ class SqlChatStore(ChatStore):
     async def export(self, conversation: str) -> NewConversation:
         return await self._read(lambda db: store_tree.whole(db, conversation))
 
+    async def image(self, name: str) -> bytes | None:
+        return await self._read(lambda db: db.image(name))
+
     # -- writing
 
     async def create(self, title: str = "", system_prompt: str = "") -> Snapshot:
@@ -71,6 +74,12 @@ class SqlChatStore(ChatStore):
 
     async def purge(self, conversation: str) -> None:
         await self._write_once(lambda do: do.purge(conversation))
+
+    async def keep_image(self, name: str, data: bytes) -> None:
+        await self._write(lambda do: do.keep_image(name, data))
+
+    async def drop_images(self) -> int:
+        return await self._write(lambda do: do.drop_images())
 
     async def add_conversation(self, conversation: NewConversation) -> Snapshot:
         return await self._write_once(lambda do: do.add_conversation(conversation))

@@ -25,6 +25,7 @@ from modules.chat.store_files import (
     read_only,
     storage_error,
 )
+from modules.chat.store_images import ImageFolder, adopt
 from modules.chat.store_memory import copy_to_memory, write_back
 from modules.chat.store_search import SqliteSearch
 from modules.chat.store_sql import SqlChatStore, cut_off
@@ -45,6 +46,7 @@ class SqliteChatStore(SqlChatStore):
     ) -> None:
         self.path = folder / "chats.sqlite"
         self.backups = Backups(self.path)
+        self._images = ImageFolder(folder / "attachments")
         self.notices = []
         self.memory_only = None
         self._folder = folder
@@ -135,7 +137,8 @@ class SqliteChatStore(SqlChatStore):
             self.backups.make(only_if_changed=False)  # the way back if the new version disappoints
         migrate(connection, self._migrations)
         with _transaction(connection):
-            db = SqliteDatabase(connection)
+            db = SqliteDatabase(connection, self._images)
+            adopt(db, self._images)
             # No generation of an earlier process lives on.
             interrupted = db.run("UPDATE nodes SET status = 'interrupted', generation = NULL WHERE status = 'generating'")
             self._search.prepare(db)
@@ -179,16 +182,20 @@ class SqliteChatStore(SqlChatStore):
     def _transact(self, action: Callable[[Actions], T]) -> T:
         connection, search = self._ready()
         try:
+            db = SqliteDatabase(connection, self._images)
             with _transaction(connection):
-                return action(Actions(SqliteDatabase(connection), search))
+                result = action(Actions(db, search))
         except sqlite3.Error as error:
             raise self._failed(error) from error
+        if self.memory_only is None:
+            self._images.remove(db.dropped)  # in the thread of every write: nobody can have uploaded one meanwhile
+        return result
 
     async def _read(self, query: Callable[[Database], T]) -> T:
         def run() -> T:
             connection, _ = self._ready(writing=False)
             try:
-                return query(SqliteDatabase(connection))
+                return query(SqliteDatabase(connection, self._images))
             except sqlite3.Error as error:
                 raise self._failed(error) from error
 
@@ -219,7 +226,7 @@ class SqliteChatStore(SqlChatStore):
         connection, _ = self._ready()
         try:
             with _transaction(connection):
-                yield SqliteDatabase(connection)
+                yield SqliteDatabase(connection, self._images)
         except sqlite3.Error as error:
             raise self._failed(error) from error
 

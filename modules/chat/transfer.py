@@ -1,29 +1,47 @@
 """Conversations as JSON: our own versioned format out and in, and what people bring from other products.
 
     {"format": "switchyard-conversation", "version": 1, "title", "system_prompt", "created_at", "pinned", "leaf",
-     "nodes": [{"id", "parent", "role", "text", "created_at", "status", "model", "loader", "receipt", "error"}]}
+     "nodes": [{"id", "parent", "role", "text", "created_at", "status", "model", "loader", "receipt", "error"}],
+     "attachments": {"SHA256.png": base64, …}}
 
 Also read: text-generation-webui's history ({"internal": [[user, bot], …], "metadata": …}) and a plain list of chat messages
-({"messages": [{"role", "content"}, …]}). What can't be mapped is reported line by line.
+({"messages": [{"role", "content"}, …]}, images as OpenAI's parts with data: URLs). What can't be mapped is reported line by line.
 """
 
 from __future__ import annotations
 
 import datetime
+import json
 import math
 import re
 from collections import Counter
-from typing import Any, cast
+from collections.abc import AsyncIterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
+from modules.chat.attachments import named
 from modules.chat.store import NewConversation, NewNode, Role, Status
-from modules.errors import InvalidParameter, InvalidUnicode
+from modules.chat.store_images import is_name, names_in
+from modules.errors import InvalidImage, InvalidParameter, InvalidUnicode
+from modules.images import MAX_BYTES, from_data_url
+
+if TYPE_CHECKING:
+    from modules.chat.attachments import Attachments
 
 FORMAT = "switchyard-conversation"
 VERSION = 1
 MAX_NODES = 20_000
 MAX_TITLE = 200
+MAX_IMAGES = 2000
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _BEGIN_VISIBLE = "<|BEGIN-VISIBLE-CHAT|>"
+
+
+class Imported(NamedTuple):
+    """What a file held: the conversation, what could not be mapped, and its images in base64 by the names in the texts."""
+
+    conversation: NewConversation
+    report: list[str]
+    images: dict[str, str]
 
 
 def clean_text(value: str, param: str = "text") -> str:
@@ -67,12 +85,34 @@ def to_json(conversation: NewConversation) -> dict[str, Any]:
     }
 
 
-def from_json(data: dict[str, Any]) -> tuple[NewConversation, list[str]]:
-    """(the conversation, what could not be mapped). Raises InvalidParameter for a file that is none of the formats."""
+async def json_pieces(conversation: NewConversation, attachments: Attachments) -> AsyncIterator[str]:
+    """The export as a file, image by image: all of them at once may be more than the memory holds."""
+    text = json.dumps(to_json(conversation), ensure_ascii=False, indent=1)
+    names = shown_images(conversation)
+    if not names:
+        yield text
+        return
+    yield text.removesuffix("\n}") + ',\n "attachments": {'
+    comma = ""
+    for name in names:
+        encoded = await attachments.encoded(name)
+        if encoded is not None:
+            yield f'{comma}\n  "{name}": "{encoded}"'
+            comma = ","
+    yield "\n }\n}"
+
+
+def shown_images(conversation: NewConversation) -> list[str]:
+    """The names of the images in its texts, in order."""
+    return names_in(node.text for node in conversation.nodes)
+
+
+def from_json(data: dict[str, Any]) -> Imported:
+    """Raises InvalidParameter for a file that is none of the formats. The images are not looked at yet."""
     if data.get("format") == FORMAT:
         return _own(data)
     if isinstance(data.get("internal", data.get("data")), list):
-        return _History(data).read()
+        return Imported(*_History(data).read(), {})
     if isinstance(data.get("messages"), list):
         return _messages(data)
     raise InvalidParameter(
@@ -84,7 +124,7 @@ def from_json(data: dict[str, Any]) -> tuple[NewConversation, list[str]]:
 # --- our own -------------------------------------------------------------------------------------------------------
 
 
-def _own(data: dict[str, Any]) -> tuple[NewConversation, list[str]]:
+def _own(data: dict[str, Any]) -> Imported:
     version = data.get("version")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise InvalidParameter("The file names no version.", param="version")
@@ -95,17 +135,26 @@ def _own(data: dict[str, Any]) -> tuple[NewConversation, list[str]]:
     nodes = data.get("nodes")
     if not isinstance(nodes, list) or len(nodes) > MAX_NODES:
         raise InvalidParameter(f"nodes must be a list of at most {MAX_NODES} messages.", param="nodes")
-    return (
-        NewConversation(
-            title=clean_title(_string(data, "title")),
-            system_prompt=clean_text(_string(data, "system_prompt"), "system_prompt"),
-            pinned=data.get("pinned") is True,
-            created_at=_time(data.get("created_at")),
-            leaf=data.get("leaf") if isinstance(data.get("leaf"), str) else None,
-            nodes=tuple(_own_node(node, f"nodes.{index}") for index, node in enumerate(nodes)),
-        ),
-        [],
+    images, report = _own_images(data.get("attachments"))
+    conversation = NewConversation(
+        title=clean_title(_string(data, "title")),
+        system_prompt=clean_text(_string(data, "system_prompt"), "system_prompt"),
+        pinned=data.get("pinned") is True,
+        created_at=_time(data.get("created_at")),
+        leaf=data.get("leaf") if isinstance(data.get("leaf"), str) else None,
+        nodes=tuple(_own_node(node, f"nodes.{index}") for index, node in enumerate(nodes)),
     )
+    return Imported(conversation, report, images)
+
+
+def _own_images(found: Any) -> tuple[dict[str, str], list[str]]:
+    if found is None:
+        return {}, []
+    if not isinstance(found, dict) or len(found) > MAX_IMAGES:
+        raise InvalidParameter(f"attachments must be an object of at most {MAX_IMAGES} images.", param="attachments")
+    images = {name: data for name, data in found.items() if is_name(name) and isinstance(data, str)}
+    odd = len(found) - len(images)
+    return images, [f"{odd} × an attachment that is no image by its name was left out."] if odd else []
 
 
 def _own_node(node: Any, where: str) -> NewNode:
@@ -238,16 +287,18 @@ def _timestamp(value: Any) -> float | None:
 # --- a list of messages ---------------------------------------------------------------------------------------------
 
 
-def _messages(data: dict[str, Any]) -> tuple[NewConversation, list[str]]:
+def _messages(data: dict[str, Any]) -> Imported:
     messages = data["messages"]
     if len(messages) > MAX_NODES:
         raise InvalidParameter(f"messages must have at most {MAX_NODES} entries.", param="messages")
     report: Counter[str] = Counter()
     system: list[str] = []
     nodes: list[NewNode] = []
+    images: dict[str, str] = {}
     for number, message in enumerate(messages):
         role = message.get("role") if isinstance(message, dict) else None
-        text = message.get("content") if isinstance(message, dict) else None
+        content = message.get("content") if isinstance(message, dict) else None
+        text = _parts(content, images, report) if isinstance(content, list) else content
         if role not in ("user", "assistant", "system", "developer") or not isinstance(text, str):
             report["messages without a text of the user, the assistant or the system were left out"] += 1
         elif role in ("system", "developer"):
@@ -258,4 +309,28 @@ def _messages(data: dict[str, Any]) -> tuple[NewConversation, list[str]]:
     conversation = NewConversation(
         clean_title(title) if isinstance(title, str) else "", tuple(nodes), system_prompt="\n\n".join(system)
     )
-    return conversation, [f"{count} × {what}." if count > 1 else f"{what}." for what, count in report.items()]
+    return Imported(conversation, [f"{count} × {what}." if count > 1 else f"{what}." for what, count in report.items()], images)
+
+
+def _parts(parts: Sequence[Any], images: dict[str, str], report: Counter[str]) -> str | None:
+    """The text of a message in parts, its images below the words as the page writes them; None where nothing can be read."""
+    words: list[str] = []
+    shown: list[str] = []
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        source = part.get("image_url") if kind == "image_url" else None
+        url = source.get("url") if isinstance(source, dict) else source
+        if kind == "text" and isinstance(part.get("text"), str):
+            words.append(part["text"])
+        elif isinstance(url, str) and url[:5].lower() == "data:" and len(images) < MAX_IMAGES and len(url) < 2 * MAX_BYTES:
+            try:
+                encoded = from_data_url(url, "messages")
+                name, _ = named(encoded)
+            except InvalidImage:
+                report["images that are damaged or too large were left out"] += 1
+            else:
+                images[name] = encoded
+                shown.append(f"![image](cid:{name})")
+        else:
+            report["parts of messages that are no text and no image in the file were left out"] += 1
+    return "\n\n".join(filter(None, ["\n".join(words), *shown])) or None

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
+from tests.pictures import RED, encoded, png
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -304,6 +306,24 @@ def test_export_and_import(page: Page) -> None:
     assert len(back["messages"][2]["siblings"]) == 2 and any("attachments" in line for line in back["report"])
     for bad in ({}, {"format": "switchyard-conversation", "version": 99}, {"internal": 3}):
         page.call("POST", "conversations/import", bad, status=400)
+
+
+def test_images_go_with_their_chat(page: Page) -> None:
+    red = page.call("POST", "attachments", {"image": encoded(png(RED))})["name"]
+    chat = page.ask(page.new(title="Red"), f"look ![red](cid:{red})")
+    data = page.http.get(f"/ui-api/conversations/{chat['id']}/export").json()
+    assert data["attachments"] == {red: encoded(png(RED))}
+    archive = page.http.get(f"/ui-api/conversations/{chat['id']}/export?format=markdown")
+    assert archive.headers["content-type"] == "application/zip" and archive.content[:2] == b"PK"
+    assert archive.headers["content-disposition"].startswith('attachment; filename="Red.zip"')
+    assert page.http.get(f"/ui-api/conversations/{chat['id']}/export?format=exe").status_code == 400
+    page.call("PATCH", f"conversations/{chat['id']}", {"trashed": True})
+    assert page.http.get(f"/ui-api/attachments/{red}").status_code == 200
+    page.call("DELETE", f"conversations/{chat['id']}")
+    assert page.http.get(f"/ui-api/attachments/{red}").status_code == 404
+    back = page.call("POST", "conversations/import", data)
+    answer = page.http.get(f"/ui-api/attachments/{red}")
+    assert answer.content == png(RED) and answer.headers["content-type"] == "image/png" and back["report"] == []
 
 
 # --- events

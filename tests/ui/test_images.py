@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zipfile
 from typing import TYPE_CHECKING
 
 from playwright.sync_api import expect
@@ -11,6 +12,8 @@ from tests.pictures import RED, bomb, encoded, png
 from tests.ui.conftest import answer, body, ready
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from playwright.sync_api import FilePayload, Page
 
     from tests.ui.conftest import Visit
@@ -88,3 +91,27 @@ def test_a_pasted_image_is_attached(visit: Visit) -> None:
         encoded(png()),
     )
     expect(page.get_by_test_id("attached").locator("img")).to_have_count(1)
+
+
+def test_an_export_carries_the_image_and_an_import_shows_it_again(visit: Visit, tmp_path: Path) -> None:
+    page = visit.open()
+    attach(page, picture())
+    page.get_by_test_id("composer").fill("Keep it")
+    page.get_by_test_id("send").click()
+    answer(page)
+    chat = page.evaluate("new URLSearchParams(location.search).get('c')")
+    files = {"Export as JSON": tmp_path / "chat.json", "Export as Markdown": tmp_path / "chat.zip"}
+    for label, file in files.items():
+        with page.expect_download() as download:
+            page.get_by_test_id("chat-menu").click()
+            page.get_by_role("menuitem", name=label).click()
+        assert download.value.suggested_filename.endswith(file.suffix)
+        download.value.save_as(file)
+    with zipfile.ZipFile(files["Export as Markdown"]) as archive:
+        assert archive.read("images/1.png") == png(RED)
+    address = f"/ui-api/conversations/{chat}"
+    visit.server.api("PATCH", address, {"trashed": True})
+    visit.server.api("DELETE", address)
+    page.get_by_test_id("new-chat").click()
+    page.get_by_test_id("import-file").set_input_files(files["Export as JSON"])
+    page.wait_for_function("document.querySelector('.sy-message[data-role=user] .sy-body img')?.naturalWidth === 40")

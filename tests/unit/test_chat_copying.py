@@ -10,10 +10,11 @@ import pytest
 
 pytest.importorskip("sqlalchemy")
 
-from modules.chat import copying
+from modules.chat import copying, store_images
 from modules.chat.places import open_place
 from modules.config import Config
 from modules.errors import Conflict, InvalidParameter, NotFound, StorageError, StoreCorrupt, StoreLocked
+from tests.pictures import png
 
 from .test_store_walk import Walk
 
@@ -23,6 +24,9 @@ if TYPE_CHECKING:
     from modules.chat.store import ChatStore
     from modules.chat.store_sql import SqlChatStore
     from tests.postgres_lab import Postgres
+
+
+IMAGE = store_images.name_of(png(), "png")
 
 
 async def filled(folder: Path) -> tuple[list[str], str]:
@@ -71,13 +75,19 @@ async def test_there_and_back_everything_is_the_same(
     url = postgres.database()
     secret = tmp_path / "url"
     secret.write_text(url, encoding="utf-8")
+    before = await opened(tmp_path / "old")
+    await before.keep_image(IMAGE, png())
+    await before.add_version((await before.snapshot(chats[0])).messages[0].id, f"![x](cid:{IMAGE})", client_id="image")
+    await before.close()
     assert await asyncio.to_thread(copy, tmp_path / "old", f"@{secret}") == 0
-    assert "Copied and compared: 3 chats" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Copied and compared: 3 chats" in shown and ", 1 images" in shown
     assert await asyncio.to_thread(copy, url, tmp_path / "new") == 0
     old, database, new = [await opened(place) for place in (tmp_path / "old", url, tmp_path / "new")]
     expected = await picture(old, chats)
     assert await picture(database, chats) == expected and await picture(new, chats) == expected
     for store in (database, new):
+        assert await store.image(IMAGE) == png()
         assert [line.id for line in await store.conversations("QUESTION k1")] == [chats[0]]
         undone = await store.undo(token)
         assert [m.text for m in undone.messages[-2:]] == ["École of\nletters", "a receipt"]

@@ -19,6 +19,7 @@ from modules.events import EventBus
 from modules.generation import Runs
 from modules.model_manager import ModelManager
 from modules.settings import Settings
+from tests.pictures import BLUE, RED, encoded, png
 
 from .fake_engine import SPEC, Environment, FakeHost, FakeLibrary, settle, until
 
@@ -64,7 +65,9 @@ class Rig:
         )
         self.runs = Runs(self.manager)
         self.store: Any = store or SqliteChatStore(folder)
-        self.parts = Parts(self.store, self.runs, Settings(folder / "settings.yaml"), templates, self.events, Attachments(folder))
+        self.parts = Parts(
+            self.store, self.runs, Settings(folder / "settings.yaml"), templates, self.events, Attachments(self.store)
+        )
         self.chat = ChatService(self.parts, checkpoint_s=0.05)
         self.number = 0
 
@@ -396,3 +399,18 @@ async def test_a_browser_that_leaves_at_once_leaves_no_dead_answer(rig: Rig) -> 
             return
         await asyncio.sleep(0.01)
     raise AssertionError("the answer was never written")
+
+
+async def test_uploads_whose_message_never_came_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("modules.chat.service.TIDY_EVERY_S", 0.01)
+    renderer = TemplateRenderer()
+    rig = Rig(tmp_path, renderer)
+    await rig.open()
+    kept, lost = [await rig.parts.attachments.save(encoded(png(color))) for color in (RED, BLUE)]
+    await rig.asked(f"![a](cid:{kept})")
+    monkeypatch.setattr("modules.chat.store_images.KEEP_S", -1.0)
+    while await rig.store.image(lost) is not None:
+        await asyncio.sleep(0.01)
+    assert await rig.store.image(kept) == png(RED)
+    await rig.close()
+    await renderer.close()

@@ -28,7 +28,7 @@ TREE = NewConversation(
 
 def test_our_own_round_trip() -> None:
     data = json.loads(json.dumps(to_json(TREE)))
-    assert from_json(data) == (TREE, [])
+    assert from_json(data) == (TREE, [], {})
 
 
 def test_history_of_another_product() -> None:
@@ -45,7 +45,7 @@ def test_history_of_another_product() -> None:
         },
         "odd": 1,
     }  # fmt: skip
-    new, report = from_json(history)
+    new, report, _ = from_json(history)
     assert [(n.role, n.text, n.parent) for n in new.nodes] == [
         ("assistant", "Welcome", None), ("user", "hi", "a0"), ("assistant", "a", "u1"), ("assistant", "b", "u1"),
         ("assistant", "more", "a1.1"),
@@ -62,7 +62,7 @@ def test_old_keys_and_plain_messages() -> None:
         {"role": "system", "content": "s"}, {"role": "user", "content": "q"}, {"role": "tool", "content": "t"}, 5,
         {"role": "assistant", "content": "a"},
     ]  # fmt: skip
-    new, report = from_json({"messages": messages, "title": "T"})
+    new, report, _ = from_json({"messages": messages, "title": "T"})
     assert (new.system_prompt, new.title, [n.text for n in new.nodes]) == ("s", "T", ["q", "a"])
     assert len(report) == 1 and report[0].startswith("2 ×")
 
@@ -71,7 +71,8 @@ def test_old_keys_and_plain_messages() -> None:
     "change",
     [
         {"version": 2}, {"version": None}, {"version": True}, {"version": "1"}, {"nodes": None}, {"nodes": [3]}, {"nodes": [{}]},
-        {"title": 3}, {"system_prompt": []}, {"format": "other"},
+        {"title": 3}, {"system_prompt": []}, {"format": "other"}, {"attachments": []},
+        {"attachments": {str(n): "" for n in range(2001)}},
         {"nodes": [{"id": "a", "text": "x", "role": "root"}]}, {"nodes": [{"id": "a", "text": "x", "role": "user", "parent": 3}]},
     ],
 )  # fmt: skip
@@ -84,7 +85,7 @@ def test_odd_values_become_harmless() -> None:
     data = to_json(TREE)
     data["nodes"][0] |= {"status": "generating", "created_at": 1e300, "model": 5, "receipt": "x", "error": []}
     data |= {"created_at": "now", "pinned": "yes", "leaf": 5}
-    new, _ = from_json(data)
+    new, _, _ = from_json(data)
     first = new.nodes[0]
     assert (first.status, first.created_at, first.model, first.receipt, first.error) == ("interrupted", None, None, None, None)
     assert (new.created_at, new.pinned, new.leaf) == (None, False, None)
@@ -113,7 +114,13 @@ def test_mutated_files_raise_nothing_unexpected() -> None:
     seeds = [
         to_json(TREE),
         {"internal": [["a", "b"]] * 3, "metadata": {"assistant_1": {"versions": [{"content": "c"}], "current_version_index": 0}}},
-        {"messages": [{"role": "user", "content": "x"}]},
+        {
+            "messages": [
+                {"role": "user", "content": "x"},
+                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]},
+            ]
+        },
+        {**to_json(TREE), "attachments": {f"{'a' * 64}.png": "AAAA"}},
     ]
     outcomes = set()
     for _ in range(5000):

@@ -72,10 +72,11 @@ export class Attachments {
     this.#draw();
   }
 
-  /** Keep the images on the server; their references for the message's text, or null after an error was shown. */
+  /** Keep the images on the server; their references for the message's text, or null after an error was shown. Also those of an
+   *  earlier try: the server keeps what no message refers to for an hour only. */
   async keep() {
     try {
-      for (const entry of this.files) entry.name ??= (await post('attachments', { image: await base64(entry.file) })).name;
+      for (const entry of this.files) entry.name = (await post('attachments', { image: await base64(entry.file) })).name;
     } catch (error) {
       fail(error);
       return null;

@@ -349,6 +349,7 @@ class Chat {
     return [
       { label: 'Rename', icon: 'edit', run: () => this.list.rename(this.chat) },
       { label: 'Export as JSON', icon: 'download', run: () => exportChat(this.chat.id) },
+      { label: 'Export as Markdown', icon: 'download', run: () => exportChat(this.chat.id, 'markdown') },
       ...items,
       { label: 'Move to trash', icon: 'trash', danger: true, run: () => this.list.trash(this.chat.id) },
     ];

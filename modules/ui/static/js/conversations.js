@@ -103,7 +103,8 @@ export class ConversationList {
     return [
       { label: 'Rename', icon: 'edit', run: () => this.rename(item) },
       { label: item.pinned ? 'Unpin' : 'Pin', icon: 'pin', run: change({ pinned: !item.pinned }) },
-      { label: 'Export', icon: 'download', run: () => exportChat(item.id) },
+      { label: 'Export as JSON', icon: 'download', run: () => exportChat(item.id) },
+      { label: 'Export as Markdown', icon: 'download', run: () => exportChat(item.id, 'markdown') },
       { label: 'Move to trash', icon: 'trash', danger: true, run: () => this.trash(item.id) },
     ];
   }
@@ -159,15 +160,16 @@ export class ConversationList {
       const snapshot = await api('POST', 'conversations/import', JSON.parse(text));
       await this.refresh();
       this.open(snapshot.id);
-      toast('Chat imported.', { level: 'success' });
+      const report = snapshot.report.join(' ');
+      toast(report ? `Chat imported. ${report}` : 'Chat imported.', { level: report ? 'warning' : 'success' });
     } catch (error) {
       fail(error instanceof SyntaxError ? new Error('That file is not a chat export: it is not JSON.') : error);
     }
   }
 }
 
-export function exportChat(id) {
-  const link = h('a', { href: url(`ui-api/conversations/${id}/export`), download: '' });
+export function exportChat(id, format = 'json') {
+  const link = h('a', { href: url(`ui-api/conversations/${id}/export?format=${format}`), download: '' });
   document.body.append(link);
   link.click();
   link.remove();
