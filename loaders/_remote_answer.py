@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from loaders._remote_identify import Found, find
@@ -14,6 +14,7 @@ from loaders._remote_kinds import form_fields, stop_fields, to_native
 from loaders._remote_read import ChatReader, Chunk, prompt_estimate, read_chunk
 from loaders._remote_text import RemoteTokenizer
 from modules.errors import AppError, ContextLengthExceeded, EngineError, RemoteBusy, RemoteError, UnsupportedParameter
+from modules.images import to_data_url
 from modules.remotes.connection import Connection
 from modules.schema import ChatInput, Done, GenerationRequest, Timings, TokenEvent, Usage
 from modules.stopping import StopMatcher
@@ -36,6 +37,7 @@ class Remote:
         self.tokenizer = RemoteTokenizer(connection, found.kind, model)
         self._connection = connection
         self._retries = options["busy_retries"]
+        self._vision = options["vision"]
         self._no_tokenizer = found.kind.tokenizer is None
 
     @classmethod
@@ -79,11 +81,19 @@ class Remote:
             features.discard("messages")
         if self._no_tokenizer:
             features -= {"score", "embeddings", "echo"}
+        if not self.sees(plain_chat=plain_chat):
+            features.discard("vision")
         missing = (SPEC.features - features) | (SPEC.samplers - kind.samplers.keys())
         return tuple(sorted(missing | ({"tokenizer"} if self._no_tokenizer else set())))
 
+    def sees(self, *, plain_chat: bool) -> bool:
+        """Whether images are sent to it: as the option says, else as it says itself. They travel in messages only."""
+        return not plain_chat and (self._vision == "yes" or (self._vision == "auto" and self.found.sees is True))
+
     def notes(self) -> tuple[str, ...]:
         notes = []
+        if self._vision == "auto" and self.found.sees is None:
+            notes.append("It does not say whether it reads images; vision=yes sends them to it.")
         if self._no_tokenizer:
             notes.append("Token counts are estimates until it has answered: it does not tell the tokens of a text.")
         if not self.found.context_length:
@@ -232,7 +242,8 @@ class Remote:
     def _chat_fields(self, request: GenerationRequest) -> dict[str, Any]:
         chat, kind = request.chat, self.found.kind
         assert chat is not None
-        fields: dict[str, Any] = {"messages": [_message(m) for m in chat.messages]}
+        images = iter(request.images)
+        fields: dict[str, Any] = {"messages": [_message(m, images) for m in chat.messages]}
         if chat.continued and kind.continues is not None:
             fields |= kind.continues
         if chat.tools:
@@ -311,8 +322,17 @@ class Remote:
             raise RemoteError(f"{self._connection.server.name} gave no vector.") from None
 
 
-def _message(message: dict[str, Any]) -> dict[str, Any]:
-    """A canonical message in OpenAI's form: the arguments of calls are JSON text there."""
+def _message(message: dict[str, Any], images: Iterator[str]) -> dict[str, Any]:
+    """A canonical message in OpenAI's form: the arguments of calls are JSON text there, images data: URLs; each is the next of
+    `images`, and left out where there are none (its tokens are counted)."""
+    if "parts" in message:
+        content: list[dict[str, Any]] = []
+        for part in message["parts"]:
+            if part["type"] != "image":
+                content += [part] if part["text"] else []
+            elif (image := next(images, None)) is not None:
+                content.append({"type": "image_url", "image_url": {"url": to_data_url(image)}})
+        message = {**{key: value for key, value in message.items() if key != "parts"}, "content": content or message["content"]}
     if not message.get("tool_calls"):
         return message
     calls = []

@@ -47,7 +47,7 @@ _NEUTRAL = {"temperature": 1.0, "top_p": 1.0}
 _DRY = {name: name for name in ("dry_multiplier", "dry_base", "dry_allowed_length", "dry_sequence_breakers")}
 _XTC = {name: name for name in ("xtc_probability", "xtc_threshold")}
 _MIROSTAT = {"mirostat_tau": "mirostat_tau", "mirostat_eta": "mirostat_eta"}
-_CHAT = frozenset({"messages"})
+_CHAT = frozenset({"messages", "vision"})  # vision: of a model that sees (`_remote_identify.Found.sees`)
 
 KINDS: dict[str, Kind] = {
     kind.name: kind

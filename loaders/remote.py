@@ -71,6 +71,13 @@ SPEC = LoaderSpec(
             choices=("server", "plain"),
         ),
         OptionSpec(
+            "vision",
+            "choice",
+            "auto",
+            "Whether images are sent to the model; auto: where the server says that it reads them.",
+            choices=("auto", "yes", "no"),
+        ),
+        OptionSpec(
             "silence_s", "float", 300.0, "Seconds the server may send nothing before it is given up.", minimum=0.1, maximum=86400
         ),
         OptionSpec(
@@ -83,7 +90,7 @@ SPEC = LoaderSpec(
             advanced=True,
         ),
     ),
-    features=frozenset({"messages", "logprobs", "echo", "grammar", "json_schema", "regex", "embeddings", "score"}),
+    features=frozenset({"messages", "logprobs", "echo", "grammar", "json_schema", "regex", "embeddings", "score", "vision"}),
     devices=("cpu",),
     probe=("httpx",),
     slots=64,
@@ -145,14 +152,14 @@ class RemoteEngine(Engine):
         found = self._remote.found
         self._own_limit = bool(options["ctx_size"])
         self._context = options["ctx_size"] or found.context_length
-        lacks = self._remote.lacks(plain_chat=options["chat_rendering"] == "plain")
-        quantization = found.entry.get("quantization")
+        plain_chat = options["chat_rendering"] == "plain"
+        quantization, architecture = found.entry.get("quantization"), found.entry.get("architecture")
         return ModelInfo(
             name=model,
             path=f"{name}/{model}",
             loader=SPEC.name,
             format="remote",
-            architecture=str(found.entry.get("architecture") or found.kind.title)[:100],
+            architecture=architecture[:100] if isinstance(architecture, str) and architecture else found.kind.title,
             quantization=Quantization(quantization[:40]) if isinstance(quantization, str) else None,
             context_length=self._context,
             vocab_size=found.vocab_size,
@@ -160,7 +167,8 @@ class RemoteEngine(Engine):
             device_map={"remote": 1.0},
             engine=" ".join(filter(None, [found.kind.title, found.version, f"at {name}"])),
             notes=self._remote.notes(),
-            lacks=lacks,
+            lacks=self._remote.lacks(plain_chat=plain_chat),
+            image_token="<image>" if self._remote.sees(plain_chat=plain_chat) else None,
         )
 
     def close(self) -> None:

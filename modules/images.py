@@ -42,6 +42,12 @@ def from_data_url(url: str, param: str) -> str:
     return from_base64(url[match.end() :], param)
 
 
+def to_data_url(encoded: str) -> str:
+    """A checked image in base64 as a data: URL of its own kind."""
+    head = read_head(base64.b64decode(encoded))
+    return f"data:{MEDIA_TYPES[head.kind] if head is not None else 'image/png'};base64,{encoded}"
+
+
 def from_base64(text: str, param: str) -> str:
     """The same base64 in its plain form, after a look at the image. Raises InvalidImage."""
     if len(text) > MAX_BYTES * 4 // 3 + 1024:

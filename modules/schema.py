@@ -37,8 +37,9 @@ class StopParams:
 class ChatInput:
     """A conversation for an engine that has a chat template of its own (feature "messages"): what would have been rendered.
 
-    `messages` as in `modules.api.turn.Turn`. `tools` are OpenAI's, `tool_choice` its word or the name of a function. `continued`:
-    the last message, the assistant's, is to be gone on with. `variables` are for the template.
+    `messages` as in `modules.api.turn.Turn`, their images in the request's `images`, in order. `tools` are OpenAI's;
+    `tool_choice` is its word or a function's name. `continued`: the last message, the assistant's, is to be gone on with.
+    `variables` are for the template.
     """
 
     messages: tuple[dict[str, Any], ...]

@@ -17,7 +17,7 @@ from modules import sampling
 from modules.api.answer import AnswerReader
 from modules.api.infill import infill_prompt
 from modules.chat.templates import FALLBACK_STOP
-from modules.chat.vision import check_sees, images_of, shape
+from modules.chat.vision import check_sees, images_of, shape, without_pixels
 from modules.errors import ContextLengthExceeded, InvalidParameter, UnsupportedParameter
 from modules.image_urls import fetched
 from modules.reasoning import THINK, ReasoningSplitter, begins_inside, marks_of
@@ -171,7 +171,7 @@ def _converse(made: Prepared) -> None:
     if continued is None:
         continued = messages[-1]["role"] == "assistant" and bool(messages[-1]["content"])
     made.chat = ChatInput(
-        tuple(messages),
+        without_pixels(messages),
         tools=tuple(function.openai() for function in offered),
         tool_choice=tools.choice if tools is not None and offered else "auto",
         parallel_tools=tools.parallel if tools is not None else True,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from modules import sampling
 from modules.chat.templates import FALLBACK_STOP
-from modules.chat.vision import images_of, shape
+from modules.chat.vision import images_of, shape, without_pixels
 from modules.errors import ContextLengthExceeded, InvalidParameter, TemplateError
 from modules.schema import ChatInput, GenerationRequest, StopParams, features_of
 
@@ -101,7 +101,7 @@ class PromptBuilder:
             prompt=prompt.text if as_text and prompt.token_ids is None else None,
             token_ids=prompt.token_ids if as_text else None,
             images=prompt.images,
-            chat=None if as_text else ChatInput(tuple(prompt.messages), continued=continued),
+            chat=None if as_text else ChatInput(without_pixels(prompt.messages), continued=continued),
             sampling=sampling.without_neutral(answer.sampling),
             stop=answer.stop_params(bool(self._template) or self._renders_itself),
             add_special=False,
@@ -165,10 +165,11 @@ class PromptBuilder:
         return starts[low], tried[low]
 
     async def _count(self, text: str, messages: list[Message]) -> Prompt:
+        images = images_of(messages)
         if self._renders_itself:
-            return Prompt(text, messages, tokens=await self._client.count(text))
+            return Prompt(text, messages, images, await self._client.count(text) + len(images) * self._image_tokens)
         ids = tuple(await self._client.encode(text, False))
-        if images := images_of(messages):  # the worker puts their tokens in, so it wants the text
+        if images:  # the worker puts their tokens in, so it wants the text
             return Prompt(text, messages, images, len(ids) + len(images) * self._image_tokens)
         return Prompt(text, messages, (), len(ids), ids)
 

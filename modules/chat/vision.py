@@ -35,6 +35,16 @@ def images_of(messages: Sequence[dict[str, Any]]) -> tuple[str, ...]:
     return found
 
 
+def without_pixels(messages: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """The messages with the places of their images alone: the images themselves go beside them, in the same order."""
+    return tuple(
+        {**message, "parts": [{"type": "image"} if part["type"] == "image" else part for part in message["parts"]]}
+        if "parts" in message
+        else message
+        for message in messages
+    )
+
+
 def sees(model: ModelFiles, resident: Resident | None) -> bool:
     """Whether the model reads images: as it is loaded, else by its files."""
     return resident.info.image_token is not None if resident is not None and resident.info is not None else model.vision
@@ -44,9 +54,10 @@ def check_sees(info: ModelInfo | None) -> None:
     """Raises UnsupportedParameter for a model that reads no images."""
     if info is None or info.image_token is None:
         name = f"{info.name} reads" if info is not None else "This model reads"
-        raise UnsupportedParameter(
-            f"{name} no images.", hint="Load a model with vision, or leave the image out.", param="messages"
-        )
+        hint = "Load a model with vision, or leave the image out."
+        if info is not None and info.format == "remote":
+            hint = "If it does where it runs, load it with vision=yes and chat_rendering=server; else leave the image out."
+        raise UnsupportedParameter(f"{name} no images.", hint=hint, param="messages")
 
 
 def shape(messages: Sequence[dict[str, Any]], template: str | None, image_token: str | None) -> list[dict[str, Any]]:

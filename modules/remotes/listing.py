@@ -32,3 +32,18 @@ def entries(value: Any) -> list[dict[str, Any]]:
         if len(found) == MAX_MODELS:
             break
     return list(found.values())
+
+
+def listed_vision(entry: dict[str, Any]) -> bool | None:
+    """Whether an entry of a model list says that the model reads images; None: it does not say. In use are a list of
+    capabilities (Switchyard, Ollama's /api/show), an object of them (Mistral), and input modalities (OpenRouter)."""
+    told = entry.get("capabilities")
+    if isinstance(told, list):
+        return "vision" in told
+    if isinstance(told, dict) and "vision" in told:
+        return told["vision"] is True
+    architecture = entry.get("architecture")
+    for place in (entry, architecture if isinstance(architecture, dict) else {}):
+        if isinstance(place.get("input_modalities"), list):
+            return "image" in place["input_modalities"]
+    return None

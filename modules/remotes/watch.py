@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from modules.errors import AppError, ModelNotFound
 from modules.remotes.connection import Connection
-from modules.remotes.listing import entries
+from modules.remotes.listing import entries, listed_vision
 from modules.remotes.store import PREFIX, Server, model_id, model_path
 from modules.schema import ModelFiles, Quantization
 
@@ -188,6 +188,7 @@ def _files(store: RemoteStore, server: Server, entry: dict[str, Any]) -> ModelFi
         quantization=Quantization(quantization[:40]) if isinstance(quantization, str) else None,
         context_length=context if isinstance(context, int) and not isinstance(context, bool) and context > 0 else None,
         has_chat_template=True,
+        vision=listed_vision(entry) is True,
     )
 
 

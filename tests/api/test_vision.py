@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from modules.overlays import Overlays
 
 MODEL = "tiny-llava"
+FAR = f"remote/far/{MODEL}"
 QUESTION = "What is it?"
 PICTURES = {"red": png(RED, stripes=20), "blue": png(BLUE)}
 FEW = 12  # tokens, as in the lab
@@ -197,6 +198,89 @@ def test_the_conformance_probe(seeing: Seeing) -> None:
     asyncio.run(run(MODEL))
     with pytest.raises(Unsupported, match="no images"):
         asyncio.run(run("echo"))
+
+
+@pytest.fixture(scope="module")
+def near(seeing: Seeing, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Another server, which has the model that sees by the `remote` backend."""
+    server = Server(tmp_path_factory.mktemp("near"))
+    try:
+        server.wait_ready()
+        saved = server.http.post("/v1/internal/remotes", json={"name": "far", "url": seeing.server.url})
+        assert FAR in saved.json()["server"]["models"], saved.text
+        yield server
+    finally:
+        assert server.stop() == 0
+
+
+def load_far(near: Server, **options: Any) -> None:
+    """The far model, freshly loaded with these options."""
+    body = {"model": FAR, "loader": "remote", "options": options}
+    made = near.http.post("/ui-api/models/load", json=body)
+    assert made.status_code == 200, made.text
+    number = made.json()["resident"]["id"]
+
+    def is_ready() -> bool:
+        residents = near.http.get("/ui-api/models").json()["residents"]
+        return any(r["id"] == number and r["state"] == "ready" for r in residents)
+
+    near.until(is_ready, "loaded")
+
+
+def test_images_travel_to_a_model_of_another_server(seeing: Seeing, near: Server) -> None:
+    listed = {model["id"]: model for model in near.http.get("/v1/models").json()["data"]}
+    assert "vision" in listed[FAR]["capabilities"] and "vision" not in listed["remote/far/echo"]["capabilities"]
+    load_far(near)
+
+    def answer(content: Any, **more: Any) -> Any:
+        body = {"model": FAR, "messages": [{"role": "user", "content": content}], "max_tokens": FEW, "temperature": 0, **more}
+        return near.http.post("/v1/chat/completions", json=body)
+
+    for case, content in {
+        "red": [part("red"), WORDS], "blue": [part("blue"), WORDS], "both": [WORDS, part("blue"), part("red")], "none": QUESTION,
+    }.items():  # fmt: skip
+        made = answer(content).json()
+        assert made["choices"][0]["message"]["content"] == seeing.expected[case]["text"], case
+        assert made["usage"]["prompt_tokens"] == seeing.expected[case]["prompt_tokens"]
+    turns = [
+        {"role": "user", "content": [part("red"), WORDS]}, {"role": "assistant", "content": "Red."},
+        {"role": "user", "content": [part("blue"), {"type": "text", "text": "And this?"}]},
+    ]  # fmt: skip
+    here, there = [
+        server.http.post("/v1/chat/completions", json={"model": model, "messages": turns, "max_tokens": FEW, "temperature": 0})
+        for server, model in ((near, FAR), (seeing.server, MODEL))
+    ]
+    assert here.json()["choices"][0]["message"]["content"] == there.json()["choices"][0]["message"]["content"]
+    refused = answer([part("red")] * 16).json()["error"]
+    assert refused["code"] == "context_length_exceeded", "the far server counts"
+    broken = answer([{"type": "image_url", "image_url": {"url": data_url(broken_pixels())}}, WORDS])
+    assert broken.status_code == 400 and "damaged" in broken.json()["error"]["message"]
+
+
+def test_the_pages_images_travel_too(seeing: Seeing, near: Server) -> None:
+    load_far(near)
+    page = Page(near)
+    page.call("PUT", "settings", {"max_tokens": FEW, "sampling": {"temperature": 0}})
+    red = page.call("POST", "attachments", {"image": encoded(PICTURES["red"])})["name"]
+    told = page.ask(page.new(), f"{QUESTION}\n\n![red.png](cid:{red})")["messages"]
+    assert told[1]["text"] == seeing.expected["red"]["text"]
+    assert not any("image" in warning for warning in told[1]["receipt"]["warnings"])
+
+
+def test_images_stay_here_where_the_far_model_gets_none(seeing: Seeing, near: Server) -> None:
+    for options in ({"vision": "no"}, {"chat_rendering": "plain"}):
+        load_far(near, **options)
+        listed = {model["id"]: model for model in near.http.get("/v1/models").json()["data"]}
+        assert "vision" not in listed[FAR]["capabilities"]
+        body = {"model": FAR, "messages": [{"role": "user", "content": [part("red"), WORDS]}]}
+        refused = near.http.post("/v1/chat/completions", json=body)
+        error = refused.json()["error"]
+        assert refused.status_code == 400 and error["code"] == "unsupported_parameter" and "no images" in error["message"]
+        assert "vision=yes" in str(error), error
+    page = Page(near)
+    red = page.call("POST", "attachments", {"image": encoded(PICTURES["red"])})["name"]
+    told = page.ask(page.new(), f"{QUESTION}\n\n![red.png](cid:{red})")["messages"]
+    assert "tiny-llava reads no images: 1 image was left out." in told[1]["receipt"]["warnings"]
 
 
 def broken_pixels() -> bytes:

@@ -29,6 +29,7 @@ from modules.errors import (
 from modules.remotes.store import RemoteStore, model_path
 from modules.sampling import PARAMETERS
 from modules.schema import ChatInput, Done, GenerationRequest, ModelInfo, StopParams, TokenEvent
+from tests.pictures import data_url, encoded, gif, png
 from tests.unit.far_server import FarServer, Handler, far_server
 
 KEY = "sk-a-secret-key"
@@ -274,6 +275,88 @@ def test_a_server_is_known_by_its_routes_or_by_its_owner(far: FarServer, start: 
     assert info.architecture == "vLLM" and "tokenizer" not in info.lacks
     assert engine.encode("ab", False) == [1, 2] and engine.decode([1, 2]) == "ab"
     assert far.asked("/tokenize")[-1] == {"prompt": "ab", "add_special_tokens": False, "model": "m"}
+
+
+PICTURE = encoded(png())
+LOOK = ChatInput(({"role": "user", "content": "What?", "parts": [{"type": "image"}, {"type": "text", "text": "What?"}]},))
+
+
+@pytest.mark.parametrize(
+    ("kind", "told", "sees"),
+    [
+        ("openai", {}, None),
+        ("openai", {"entry": {"architecture": {"input_modalities": ["text", "image"]}}}, True),
+        ("openai", {"entry": {"capabilities": {"vision": True, "completion_chat": True}}}, True),
+        ("openai", {"entry": {"capabilities": {"vision": False}}}, False),
+        ("vllm", {}, None),
+        ("switchyard", {"entry": {"capabilities": ["logprobs", "vision"]}}, True),
+        ("switchyard", {"entry": {"capabilities": ["logprobs"]}}, False),
+        ("llama-server", {"/props": {"modalities": {"vision": True, "audio": False}}}, True),
+        ("llama-server", {"/props": {"modalities": {"vision": False}}}, False),
+        ("llama-server", {"/props": {"modalities": 3}}, None),
+        ("ollama", {"/api/show": {"capabilities": ["completion", "vision"]}}, True),
+        ("ollama", {"/api/show": {"capabilities": ["completion"]}}, False),
+        ("ollama", {}, None),
+        ("tgi", {"/info": {"model_pipeline_tag": "image-text-to-text"}}, True),
+        ("tgi", {"/info": {"model_pipeline_tag": "text-generation"}}, False),
+        ("tabbyapi", {"/v1/model": {"parameters": {"use_vision": True}}}, True),
+        ("tabbyapi", {"/v1/model": {"parameters": {}}}, None),
+    ],
+)
+def test_whether_a_model_sees_is_asked_of_its_server(
+    far: FarServer, start: Start, kind: str, told: dict[str, Any], sees: bool | None
+) -> None:
+    far.routes["/v1/models"] = lambda h: h.send_json({"data": [{"id": "m", **told.get("entry", {})}]})
+    for path, value in told.items():
+        far.routes[path] = lambda h, value=value: h.send_json(value)  # type: ignore[misc]
+    far.routes[CHAT] = says("red")
+    engine, info = start(kind=kind)
+    assert (info.image_token is not None, "vision" not in info.lacks) == (sees is True,) * 2
+    assert any("vision=yes" in note for note in info.notes) == (sees is None)
+    assert (start(kind=kind, vision="yes")[1].image_token, start(kind=kind, vision="no")[1].image_token) == ("<image>", None)
+    assert start(kind=kind, vision="yes", chat_rendering="plain")[1].image_token is None
+    if sees:
+        ask(engine, chat=LOOK, images=(PICTURE,))
+        [message] = far.asked(CHAT)[-1]["messages"]
+        assert message == {
+            "role": "user",
+            "content": [{"type": "image_url", "image_url": {"url": data_url(png())}}, {"type": "text", "text": "What?"}],
+        }
+
+
+def test_an_error_in_the_stream_keeps_its_kind(far: FarServer, start: Start) -> None:
+    told: list[tuple[dict[str, Any], type[AppError]]] = [
+        ({"message": "The image is damaged.", "type": "invalid_request_error", "code": "invalid_image"}, RequestError),
+        ({"message": "no such thing", "code": 400}, RequestError),
+        ({"message": "it broke", "type": "server_error"}, RemoteError),
+        ({"message": "later", "code": 503}, RemoteBusy),
+    ]
+    engine, _ = start(busy_retries=0)
+    for error, expected in told:
+
+        def answer(handler: Handler, error: dict[str, Any] = error) -> None:
+            handler.begin()
+            handler.data(json.dumps({"error": error}).encode())
+
+        far.routes[CHAT] = answer
+        with pytest.raises(expected, match=error["message"]) as caught:
+            ask(engine)
+        assert type(caught.value) is expected
+
+
+def test_images_are_told_in_their_order_and_by_their_kind(far: FarServer, start: Start) -> None:
+    far.routes[CHAT] = says("x")
+    image, words = {"type": "image"}, {"type": "text", "text": ""}
+    messages = (
+        {"role": "user", "content": "", "parts": [image, words]},
+        {"role": "assistant", "content": "One."},
+        {"role": "user", "content": "b", "parts": [{"type": "text", "text": "b"}, image]},
+    )
+    engine, _ = start(vision="yes")
+    ask(engine, chat=ChatInput(messages), images=(PICTURE, encoded(gif())))
+    first, answer, last = far.asked(CHAT)[-1]["messages"]
+    assert first["content"] == [{"type": "image_url", "image_url": {"url": data_url(png())}}] and answer["content"] == "One."
+    assert last["content"][1]["image_url"]["url"] == data_url(gif(), "image/gif") and "parts" not in last
 
 
 def test_our_own_limit_is_kept_to(far: FarServer, start: Start) -> None:
