@@ -12,6 +12,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse
 
 from modules.api.ui_body import Body
+from modules.remotes.address import MAX_URL
+from modules.remotes.route import MAX_CA
 from modules.remotes.store import KINDS, MAX_KEY
 
 if TYPE_CHECKING:
@@ -41,12 +43,18 @@ def _add(router: APIRouter, services: Services, prefix: str, *, shown: bool) -> 
 
     @router.post(prefix, name=f"add a server {prefix}", **kind)
     async def add(request: Request) -> JSONResponse:
-        """Save a server and ask it for its models. One that does not answer is saved all the same."""
+        """Save a server and ask it for its models. One that does not answer is saved all the same. `ca` are certificates as PEM,
+        `proxy` is a URL."""
         body = await Body.of(request)
         name, url = body.text("name", limit=MAX_NAME), body.text("url", limit=MAX_ADDRESS)
         key, server_kind = body.optional_text("key", limit=MAX_KEY), body.choice("kind", KINDS, "auto")
+        way: dict[str, Any] = {
+            "ca": body.optional_text("ca", limit=MAX_CA),
+            "proxy": body.optional_text("proxy", limit=MAX_URL),
+            "proxy_resolves": body.flag("proxy_resolves"),
+        }
         body.end()
-        server = await asyncio.to_thread(remotes.store.add, name.strip(), url, key, server_kind)
+        server = await asyncio.to_thread(lambda: remotes.store.add(name.strip(), url, key, server_kind, **way))
         await remotes.check(server)
         return JSONResponse({"server": await asyncio.to_thread(_row, services, server.name)})
 

@@ -1,4 +1,4 @@
-"""Addresses of remote servers: what may be saved, and where a name may lead when it is used.
+"""Addresses of remote servers and of the proxies before them: what may be saved, and where a name may lead when it is used.
 
 Only the operator adds servers, so this machine and its network are allowed, because the operator named them. Never allowed are
 the addresses where clouds keep their secrets, and a name that has come to lead further inside than when it was saved.
@@ -38,6 +38,41 @@ def check_url(text: str) -> str:
     if port is not None and port != PORTS[parts.scheme]:
         place = f"{place}:{port}"
     return urlunsplit((parts.scheme, place, parts.path.rstrip("/") or "/v1", "", ""))
+
+
+def check_proxy(text: str) -> str:
+    """A proxy's URL, made canonical; a name and password in it are kept. Raises InvalidParameter, which never repeats them."""
+    hint = "It looks like http://proxy.example:3128, or http://user:password@proxy.example:3128."
+    text = text.strip()
+    if len(text) > MAX_URL or any(not 33 <= ord(c) <= 126 or c == "\\" for c in text):
+        raise InvalidParameter("The proxy's address holds an odd character, or is too long.", hint=hint, param="proxy")
+    try:
+        parts = urlsplit(text)
+        host, port = (parts.hostname or "").lower(), parts.port
+    except ValueError:
+        raise InvalidParameter("This is no address of a proxy.", hint=hint, param="proxy") from None
+    if parts.scheme.startswith("socks"):
+        raise InvalidParameter("A SOCKS proxy can't be used.", hint="Give an HTTP proxy.", param="proxy")
+    if parts.scheme not in PORTS or not host or parts.path not in ("", "/") or "?" in text or "#" in text:
+        raise InvalidParameter("A proxy is http:// or https://, a host and a port.", hint=hint, param="proxy")
+    user = f"{parts.netloc.rpartition('@')[0]}@" if "@" in parts.netloc else ""
+    place = f"[{host}]" if ":" in host else host
+    return f"{parts.scheme}://{user}{place}:{port or PORTS[parts.scheme]}"
+
+
+def without_password(url: str) -> str:
+    """A URL as it may be shown."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+
+
+def is_name(url: str) -> bool:
+    """Whether its host has to be looked up."""
+    try:
+        ipaddress.ip_address(origin(url)[1])
+    except ValueError:
+        return True
+    return False
 
 
 def origin(url: str) -> tuple[str, str, int]:

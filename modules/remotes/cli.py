@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modules.errors import AppError, ConfigError, InvalidParameter
+from modules.remotes.address import without_password
+from modules.remotes.route import MAX_CA
 from modules.remotes.store import KINDS, MAX_KEY, RemoteStore, Server, model_id
 from modules.remotes.watch import Health, look
 
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
     from modules.config import Config
 
 KEY_VARIABLE = "SWITCHYARD_REMOTE_KEY"
+CA_VARIABLE = "SWITCHYARD_REMOTE_CA"
+PROXY_VARIABLE = "SWITCHYARD_REMOTE_PROXY"
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -37,6 +41,15 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--key-file", type=Path, metavar="FILE", help="add: a file that holds the key")
     parser.add_argument("--key", action="store_true", help="add: ask for the key on the terminal")
     parser.add_argument("--kind", choices=KINDS, default="auto", help="add: what it runs, where it does not show by itself")
+    parser.add_argument(
+        "--ca", type=Path, metavar="FILE", help=f"add: certificates (PEM) of the authorities that count for it; or ${CA_VARIABLE}"
+    )
+    parser.add_argument(
+        "--proxy", metavar="URL", help=f"add: an HTTP proxy to reach it through; with a password better in ${PROXY_VARIABLE}"
+    )
+    parser.add_argument(
+        "--proxy-resolves", action="store_true", help="add: the proxy looks the server's name up, not this machine"
+    )
     parser.add_argument("--json", action="store_true", dest="as_json", help="list, test: machine-readable")
     return parser
 
@@ -47,7 +60,15 @@ def run(arguments: argparse.Namespace, config: Config) -> int:
     try:
         _check_arguments(arguments)
         if arguments.action == "add":
-            server = store.add(arguments.name, arguments.url, _key(arguments), arguments.kind)
+            server = store.add(
+                arguments.name,
+                arguments.url,
+                _key(arguments),
+                arguments.kind,
+                ca=_ca(arguments),
+                proxy=arguments.proxy or os.environ.get(PROXY_VARIABLE),
+                proxy_resolves=arguments.proxy_resolves,
+            )
             print(f"{server.name} is saved: {server.url}")
             return _report([server], as_json=False)
         if arguments.action == "remove":
@@ -75,18 +96,29 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         raise InvalidParameter("remote add needs an address." if adds else "Only remote add takes an address.", param="url")
     if not adds and (arguments.key or arguments.key_file):
         raise InvalidParameter("Only remote add takes a key.", param="key")
+    if not adds and (arguments.ca or arguments.proxy or arguments.proxy_resolves):
+        raise InvalidParameter("Only remote add takes certificates and a proxy.", param="proxy")
 
 
 def _key(arguments: argparse.Namespace) -> str | None:
     if arguments.key_file is not None:
-        try:
-            with open(arguments.key_file, encoding="utf-8") as file:
-                return file.read(MAX_KEY + 1)
-        except (OSError, UnicodeDecodeError) as error:
-            raise InvalidParameter(f"{arguments.key_file} can't be read: {error}.", param="key-file") from error
+        return _text(arguments.key_file, MAX_KEY, "key-file")
     if arguments.key:
         return getpass.getpass(f"Key of {arguments.name}: ")
     return os.environ.get(KEY_VARIABLE)
+
+
+def _ca(arguments: argparse.Namespace) -> str | None:
+    file = arguments.ca or os.environ.get(CA_VARIABLE)
+    return _text(Path(file), MAX_CA, "ca") if file else None
+
+
+def _text(path: Path, limit: int, param: str) -> str:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return file.read(limit + 1)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidParameter(f"{path} can't be read: {error}.", param=param) from error
 
 
 def _report(servers: list[Server], *, as_json: bool) -> int:
@@ -111,6 +143,8 @@ def _row(server: Server, health: Health) -> dict[str, Any]:
 
 def _print(server: Server, health: Health) -> None:
     key = ", with a key" if server.key else ""
+    key += ", certificates of its own" if server.ca else ""
+    key += f", through {without_password(server.proxy)}" if server.proxy else ""
     if not health.ok:
         print(f"{server.name}  {server.url}{key}\n  no: {health.error}")
         return

@@ -16,9 +16,9 @@ from urllib.parse import urljoin, urlsplit, urlunsplit
 
 import httpx
 
-from modules import reach
 from modules.errors import AppError, ContextLengthExceeded, EngineTimeout, ModelNotFound, RemoteBusy, RemoteError, RequestError
-from modules.remotes.address import PORTS, origin, resolve
+from modules.remotes.address import PORTS, origin, without_password
+from modules.remotes.route import Route, find_route, make_client
 
 if TYPE_CHECKING:
     from modules.remotes.store import Server
@@ -42,19 +42,15 @@ class Connection:
         self.server = server
         self._silence_s = silence_s
         self._connect_s = connect_s
-        self._addresses: list[str] = []
-        headers = {"User-Agent": "switchyard", "Accept-Encoding": "identity"}
+        self._route: Route | None = None
+        self._clients: dict[str | None, httpx.AsyncClient] = {}  # by the proxy's address, which may come to be another
+        self._headers = {"User-Agent": "switchyard", "Accept-Encoding": "identity"}
         if server.key:
-            headers["Authorization"] = f"Bearer {server.key}"
-        self._client = httpx.AsyncClient(
-            headers=headers,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=8),
-            follow_redirects=False,
-            trust_env=False,
-        )
+            self._headers["Authorization"] = f"Bearer {server.key}"
 
     async def close(self) -> None:
-        await self._client.aclose()
+        for client in self._clients.values():
+            await client.aclose()
 
     # --- requests -------------------------------------------------------------------------------------------------
 
@@ -115,39 +111,30 @@ class Connection:
     async def _send(self, method: str, url: str, content: bytes | None) -> httpx.Response:
         """Connect to the addresses that were checked, whatever the name means by now."""
         parts = urlsplit(url)
-        if not self._addresses:
-            self._addresses = await asyncio.to_thread(self._resolved)
+        route = self._route
+        if route is None:
+            route = self._route = await asyncio.to_thread(find_route, self.server)
+        client = self._clients.get(route.proxy)
+        if client is None:
+            client = self._clients[route.proxy] = make_client(self.server, route, self._headers)
         headers = {"Host": parts.netloc}
         if content is not None:
             headers["Content-Type"] = "application/json"
         failure: httpx.HTTPError | None = None
-        for address in self._addresses:
+        for address in route.hosts:
             place = f"[{address}]" if ":" in address else address
             fixed = urlunsplit((parts.scheme, f"{place}:{parts.port or PORTS[parts.scheme]}", parts.path, parts.query, ""))
-            request = self._client.build_request(
-                method, fixed, headers=headers, content=content, timeout=self._timeout(method),
-                extensions={"sni_hostname": parts.hostname},
-            )  # fmt: skip
+            request = client.build_request(method, fixed, headers=headers, content=content, timeout=self._timeout(method))
             try:
-                return await self._client.send(request, stream=True)
-            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                return await client.send(request, stream=True)
+            except (httpx.ConnectError, httpx.ConnectTimeout, httpx.ProxyError) as error:
                 failure = error
-        self._addresses = []  # it may have moved: looked up, and judged, again by the next request
+        self._route = None  # it may have moved: looked up, and judged, again by the next request
         assert failure is not None
         raise failure
 
     def _timeout(self, method: str) -> httpx.Timeout:
         return httpx.Timeout(self._silence_s if method == "POST" else ASKED_S, connect=self._connect_s, pool=None)
-
-    def _resolved(self) -> list[str]:
-        addresses, innermost = resolve(self.server.url)
-        if innermost > self.server.reach:
-            where = "this computer" if innermost == reach.LOOPBACK else "the local network"
-            raise RemoteError(
-                f"The address of {self.server.name} now leads into {where}, which it did not when it was saved.",
-                hint="If you mean that, remove the server and add it again.",
-            )
-        return addresses
 
     def _redirected(self, method: str, url: str, response: httpx.Response) -> str:
         target = urljoin(url, response.headers.get("location", ""))
@@ -201,7 +188,7 @@ class Connection:
         if not isinstance(value, dict):
             raise RemoteError(f"{self.server.name} sent something that is no JSON.", hint="Look at that server's log.")
         if value.get("error"):
-            raise self.said(500, value)
+            raise self.said(_status(value["error"]), value)
         return value
 
     def _no_api(self, kind: str) -> RemoteError:
@@ -230,6 +217,8 @@ class Connection:
             return RemoteError(
                 f"{name} refused {has} ({status}){colon}", hint=f"Save it with the right key: server.py remote add {name} …"
             )
+        if status == 407 and self.server.proxy is not None:
+            return self._refused_by_proxy(str(status))
         if status in (429, 503, 529):
             when = f" in {retry_after:.0f} s" if retry_after else " in a moment"
             return RemoteBusy(f"{name} is busy ({status}){colon}", hint=f"Try again{when}.", detail={"retry_after": retry_after})
@@ -253,22 +242,38 @@ class Connection:
                 found if isinstance(found, str) else json.dumps(found),
                 str(error.get("code") or error.get("type") or ""),
             )
-        if self.server.key:
-            words = words.replace(self.server.key, "***")
-        return _printable(words), code
+        return self._shown(words), code
+
+    def _shown(self, words: str) -> str:
+        """A stranger's words, without our secrets should they quote them."""
+        for secret in self.server.secrets():
+            words = words.replace(secret, "***")
+        return _printable(words)
+
+    def _reason(self, error: Exception) -> str:
+        return self._shown(str(error)).rstrip(".") or type(error).__name__
+
+    def _refused_by_proxy(self, words: str) -> RemoteError:
+        where = without_password(self.server.proxy or "")
+        hint = "Look at the proxy's own log: it must let this machine reach the server."
+        if words.startswith("407"):
+            hint = "It wants a name and a password: save the server with --proxy http://user:password@…"
+        return RemoteError(f"The proxy of {self.server.name}, {where}, refused to connect: {words}.", hint=hint)
 
     def _broken(self, error: httpx.HTTPError) -> AppError:
         name = self.server.name
+        through = f" through {without_password(self.server.proxy)}" if self.server.proxy is not None else ""
+        if isinstance(error, httpx.ProxyError):
+            return self._refused_by_proxy(self._reason(error))
         if isinstance(error, httpx.ConnectTimeout):
-            return RemoteError(f"{name} does not answer.", hint="Check that it runs and that its address is right.")
+            return RemoteError(f"{name} does not answer{through}.", hint="Check that it runs and that its address is right.")
         if isinstance(error, httpx.ConnectError):
-            return RemoteError(
-                f"{name} can't be reached: {_reason(error)}.", hint="Check that it runs and that its address is right."
-            )
+            reason = self._reason(error)
+            return RemoteError(f"{name} can't be reached{through}: {reason}.", hint=_hint(reason, self.server.ca is not None))
         if isinstance(error, httpx.TimeoutException):
             return EngineTimeout(f"{name} sent nothing for too long.", hint="It may be overloaded; its log says more. Try again.")
         return RemoteError(
-            f"{name} broke the connection: {_reason(error)}.", hint="It may have ended; look at its log, then try again."
+            f"{name} broke the connection: {self._reason(error)}.", hint="It may have ended; look at its log, then try again."
         )
 
 
@@ -285,6 +290,14 @@ async def _read(response: httpx.Response, limit: int) -> bytes:
         if len(body) > limit:
             break
     return bytes(body)
+
+
+def _status(error: Any) -> int:
+    """The status that an error in a stream, whose own was 200, would have had: a request's fault stays the request's."""
+    code = error.get("code") if isinstance(error, dict) else None
+    if isinstance(code, int) and 400 <= code < 600:
+        return code
+    return 400 if isinstance(error, dict) and error.get("type") == "invalid_request_error" else 500
 
 
 def _content_type(response: httpx.Response) -> str:
@@ -305,5 +318,12 @@ def _printable(text: str) -> str:
     return "".join(c if c.isprintable() else " " for c in " ".join(text.split()))[:MAX_SAID]
 
 
-def _reason(error: Exception) -> str:
-    return _printable(str(error)).rstrip(".") or type(error).__name__
+def _hint(reason: str, has_ca: bool) -> str:
+    """What to do about a connection that did not come about."""
+    if "mismatch" in reason:
+        return "Its certificate is for another name: save the address that the certificate names."
+    if "CERTIFICATE_VERIFY_FAILED" in reason and has_ca:
+        return "Its certificate is of none of the authorities it was saved with: add it again with the right --ca FILE."
+    if "CERTIFICATE_VERIFY_FAILED" in reason:
+        return "If its certificate is of an authority of your own, add it with --ca FILE."
+    return "Check that it runs and that its address is right."

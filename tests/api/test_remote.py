@@ -13,6 +13,9 @@ import httpx
 import pytest
 
 from tests.api.conftest import Server
+from tests.certificates import Authority
+from tests.unit.far_server import Handler, far_server
+from tests.unit.proxy_server import proxy_server
 
 KEY = "far-away-key"
 MODEL = "remote/far/echo"
@@ -137,6 +140,36 @@ def test_a_far_server_that_dies_in_mid_stream(launch: Launch) -> None:
     assert again.status_code == 502 and again.json()["error"]["code"] == "remote_error"
     assert near.http.post("/ui-api/remotes/far/test").json()["server"]["state"] == "failed"
     assert near.chat("still here", model="echo").status_code == 200
+
+
+def test_chat_with_a_server_of_an_own_authority_behind_a_proxy(launch: Launch, tmp_path: Path) -> None:
+    """The whole way: saved over HTTP, read by the worker, tunnelled, trusted; and no password on any of it."""
+    authority = Authority()
+
+    def answer(handler: Handler) -> None:
+        handler.begin()
+        handler.piece(delta={"content": "from afar"}, finish_reason="stop")
+        handler.data(b"[DONE]")
+
+    with far_server(authority.server(tmp_path, "127.0.0.1")) as far, proxy_server() as proxy:
+        far.routes["/v1/chat/completions"] = answer
+        proxy.user = "me:tunnel-s3cret"
+        near = launch("--verbose").wait_ready()
+        body = {"name": "far", "url": far.url, "ca": authority.pem, "proxy": proxy.url(proxy.user)}
+        made = near.http.post("/v1/internal/remotes", json=body)
+        row = made.json()["server"]
+        assert row["state"] == "ready" and row["has_ca"] and row["proxy"] == proxy.url() and not row["proxy_resolves"], made.text
+        reply = near.chat("hello", model="remote/far/m")
+        assert reply.status_code == 200 and reply.json()["choices"][0]["message"]["content"] == "from afar", reply.text
+        assert {target for _, target in proxy.asked} == {f"127.0.0.1:{far.server_port}"}
+        shown = made.text + near.http.get("/v1/internal/remotes").text + near.http.get("/ui-api/models").text
+        bad = near.http.post(
+            "/v1/internal/remotes", json={**body, "name": "bad", "proxy": "socks5://me:tunnel-s3cret@127.0.0.1:1"}
+        )
+        assert bad.status_code == 400 and bad.json()["error"]["param"] == "proxy"
+        assert near.stop() == 0
+    logs = [path.read_text(encoding="utf-8") for path in near.data.glob("logs/*")]
+    assert logs and "s3cret" not in "".join([shown, bad.text, *near.lines, *logs])
 
 
 def test_only_the_operator_saves_servers(launch: Launch) -> None:

@@ -8,11 +8,15 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from tests.api.conftest import Server as FarServer
+from tests.certificates import Authority
 from tests.ui.conftest import answer, ready, send
 from tests.ui.test_layout import PHONE, no_sideways_scroll
+from tests.unit.far_server import far_server
+from tests.unit.proxy_server import proxy_server
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from tests.ui.conftest import Server, Visit
 
@@ -63,6 +67,34 @@ def test_a_server_is_added_used_and_removed(visit: Visit, server: Server, far: F
     expect(page.get_by_test_id("remote-row")).to_have_count(0)
     expect(model).to_have_count(0, timeout=30_000)
     server.load_echo()
+
+
+def test_a_server_with_its_own_certificates_behind_a_proxy(visit: Visit, tmp_path: Path) -> None:
+    authority = Authority()
+    pem = tmp_path / "ca.pem"
+    pem.write_text(authority.pem, encoding="ascii")
+    with far_server(authority.server(tmp_path, "127.0.0.1")) as far, proxy_server() as proxy:
+        proxy.user = "me:s3cret"
+        page = open_page(visit)
+        page.get_by_test_id("remote-name").fill("private")
+        page.get_by_test_id("remote-url").fill(far.url)
+        page.get_by_text("Proxy and certificates").click()
+        page.get_by_test_id("remote-proxy").fill("socks5://127.0.0.1:1080")
+        page.get_by_test_id("remote-add").click()
+        expect(page.get_by_test_id("remote-form").get_by_role("alert")).to_contain_text("SOCKS")
+        page.get_by_test_id("remote-proxy").fill(proxy.url("me:s3cret"))
+        page.get_by_test_id("remote-ca-file").set_input_files(pem)
+        expect(page.get_by_test_id("remote-ca")).to_have_value(authority.pem)
+        page.get_by_test_id("remote-add").click()
+        row = page.locator("[data-testid=remote-row][data-server=private]")
+        expect(row).to_contain_text("Answers", timeout=30_000)
+        expect(row).to_contain_text(f"certificates of its own · through {proxy.url()}")
+        expect(page.get_by_test_id("remote-proxy")).to_have_value("")
+        assert "s3cret" not in page.content() and proxy.asked
+        no_sideways_scroll(page)
+        row.get_by_test_id("remote-remove").click()
+        page.get_by_role("button", name="Remove", exact=True).last.click()
+        expect(row).to_have_count(0)
 
 
 @pytest.mark.parametrize("visit", [PHONE], indirect=True)

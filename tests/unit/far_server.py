@@ -7,7 +7,10 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import ssl
 
 Answer = Callable[["Handler"], None]
 
@@ -74,8 +77,11 @@ class FarServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.scheme = "http" if tls is None else "https"
+        if tls is not None:
+            self.socket = tls.wrap_socket(self.socket, server_side=True)
         self.models = ["m"]
         self.owner = "somebody"
         self.routes: dict[str, Answer] = {}
@@ -85,7 +91,7 @@ class FarServer(ThreadingHTTPServer):
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}/v1"
+        return f"{self.scheme}://127.0.0.1:{self.server_port}/v1"
 
     def asked(self, path: str) -> list[Any]:
         return [body for where, body, _ in self.requests if where == path]
@@ -95,8 +101,8 @@ class FarServer(ThreadingHTTPServer):
 
 
 @contextlib.contextmanager
-def far_server() -> Iterator[FarServer]:
-    server = FarServer()
+def far_server(tls: ssl.SSLContext | None = None) -> Iterator[FarServer]:
+    server = FarServer(tls)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:

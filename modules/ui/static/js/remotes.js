@@ -3,7 +3,7 @@
 import { del, get, on, post } from './api.js';
 import { openDialog } from './dialog.js';
 import { ago, h, plural } from './dom.js';
-import { button, field, select, textInput } from './form.js';
+import { button, field, fileButton, select, textInput, tick } from './form.js';
 import { refreshModels } from './models.js';
 import { fail, toast } from './toast.js';
 
@@ -19,6 +19,8 @@ function card(server, again) {
     server.state === 'ready' ? `${Math.round(server.latency_ms)} ms` : null,
     server.state === 'ready' || server.models.length ? plural(server.models.length, 'model') : null,
     server.has_key ? 'key saved' : null,
+    server.has_ca ? 'certificates of its own' : null,
+    server.proxy ? `through ${server.proxy}` : null,
     server.checked_at ? `asked ${ago(server.checked_at)}` : null,
   ];
   const test = button('Ask now', async () => {
@@ -47,11 +49,35 @@ function card(server, again) {
     h('div', { class: 'sy-card-actions' }, test, remove));
 }
 
+/** How to get there, where that is not the plain way: a proxy, certificates of an authority of one's own. */
+function waySettings() {
+  const proxy = textInput('', { placeholder: 'http://proxy.example:3128', maxlength: 500, testid: 'remote-proxy' });
+  proxy.autocomplete = 'off';
+  const resolves = tick('The proxy looks the name up', false, { testid: 'remote-proxy-resolves', note: 'For a name that only the proxy knows.' });
+  const ca = h('textarea', { class: 'sy-input', rows: 3, spellcheck: 'false', maxlength: 256 * 1024, placeholder: '-----BEGIN CERTIFICATE-----', 'data-testid': 'remote-ca' });
+  const file = fileButton('Read a file', '.pem,.crt,.cer', (_, text) => (ca.value = text), 'remote-ca-file');
+  const element = h('details', { class: 'sy-remote-way' }, h('summary', {}, 'Proxy and certificates'),
+    h('div', { class: 'sy-fields' },
+      field('Proxy', proxy, 'An HTTP proxy, with user:password@ where it wants them. The environment’s proxies are not used.'),
+      resolves,
+      field('Certificates (PEM)', ca, 'Of the authorities that count for this https server, instead of the usual ones.', true)),
+    h('div', { class: 'sy-card-actions' }, file));
+  return {
+    element,
+    read: () => ({ proxy: proxy.value.trim() || null, proxy_resolves: resolves.input.checked, ca: ca.value.trim() || null }),
+    clear: () => {
+      for (const input of [proxy, ca]) input.value = '';
+      resolves.input.checked = false;
+    },
+  };
+}
+
 function form(again) {
   const name = textInput('', { placeholder: 'gpu-box', maxlength: 40, testid: 'remote-name' });
   const url = textInput('', { placeholder: 'http://192.168.1.20:8000/v1', maxlength: 500, testid: 'remote-url' });
   const key = h('input', { type: 'password', class: 'sy-input', autocomplete: 'off', maxlength: 4096, 'data-testid': 'remote-key' });
   const kind = select(Object.entries(KINDS), 'auto', { testid: 'remote-kind' });
+  const way = waySettings();
   const add = h('button', { type: 'submit', class: 'sy-button sy-primary', 'data-testid': 'remote-add' }, 'Add');
   const problem = h('p', { class: 'sy-card-error', role: 'alert', hidden: true, dir: 'auto' });
   const box = h('form', { class: 'sy-card sy-tool sy-remote-form', 'data-testid': 'remote-form', novalidate: true },
@@ -62,6 +88,7 @@ function form(again) {
       field('Address', url, 'It usually ends with /v1.'),
       field('Key', key, 'Where it needs one. Kept on this machine, never shown again.'),
       field('Kind', kind, 'Only if it is not found out by itself.')),
+    way.element,
     problem,
     h('div', { class: 'sy-card-actions' }, add));
   box.addEventListener('submit', async (event) => {
@@ -69,8 +96,9 @@ function form(again) {
     add.disabled = true;
     problem.hidden = true;
     try {
-      const { server } = await post('remotes', { name: name.value.trim(), url: url.value.trim(), key: key.value || null, kind: kind.value });
+      const { server } = await post('remotes', { name: name.value.trim(), url: url.value.trim(), key: key.value || null, kind: kind.value, ...way.read() });
       for (const input of [name, url, key]) input.value = '';
+      way.clear();
       toast(server.state === 'ready' ? `${server.name} has ${plural(server.models.length, 'model')}.` : `${server.name} is saved, but it does not answer.`);
     } catch (error) {
       problem.textContent = error.message;
