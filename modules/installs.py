@@ -13,7 +13,6 @@ import contextlib
 import json
 import logging
 import sys
-from collections import deque
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +22,7 @@ from modules import llamacpp_build
 from modules.environments import Installer
 from modules.errors import InstallFailed
 from modules.install_job import BUILD_TARGET
+from modules.job_queue import JobQueue
 from modules.overlays import env_specs, installer_dir, read_json, start_script, write_json
 
 if TYPE_CHECKING:
@@ -59,8 +59,7 @@ class InstallManager:
         self._events = events
         self._torch = torch
         self._jobs: dict[str, Job] = {}
-        self._queue: deque[str] = deque()
-        self._runner: asyncio.Task[None] | None = None
+        self._queue = JobQueue(self._one, "installs")
         self._process: asyncio.subprocess.Process | None = None
         self._cancelled: set[str] = set()
         self._memory = installer_dir(overlays.root) / "install_queue.json"
@@ -111,11 +110,9 @@ class InstallManager:
     def _add(self, target: str) -> Job:
         job = self._jobs[target] = Job(target)
         self._cancelled.discard(target)
-        self._queue.append(target)
         self._remember()
         self._publish(job)
-        if self._runner is None or self._runner.done():
-            self._runner = asyncio.get_running_loop().create_task(self._run_queue(), name="installs")
+        self._queue.add(target)
         return job
 
     async def cancel(self, overlay: str) -> None:
@@ -125,36 +122,31 @@ class InstallManager:
             return
         self._cancelled.add(overlay)
         self._remember()
-        if overlay in self._queue:
-            self._queue.remove(overlay)
+        if self._queue.withdraw(overlay):
             self._finish(job, "failed", "Stopped.")
         else:
             await self._kill()
 
     async def close(self) -> None:
         """Stop the running job; it goes on after the next start."""
-        if self._runner is not None:
-            self._runner.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._runner
+        await self._queue.close()
         await self._kill()
 
-    # -- the queue
+    # -- at work
 
-    async def _run_queue(self) -> None:
-        while self._queue:
-            job = self._jobs[self._queue.popleft()]
-            job.state, job.stage = "running", "starting"
-            self._publish(job)
-            try:
-                reason = await self._run(job)
-            except OSError as error:
-                reason = f"the installer could not be started: {error}"
-            if job.overlay in self._cancelled:
-                reason = "Stopped."
-            if reason:
-                log.warning("Installing %s failed: %s", job.overlay, reason)
-            self._finish(job, "failed" if reason else "done", reason or "installed")
+    async def _one(self, overlay: str) -> None:
+        job = self._jobs[overlay]
+        job.state, job.stage = "running", "starting"
+        self._publish(job)
+        try:
+            reason = await self._run(job)
+        except OSError as error:
+            reason = f"the installer could not be started: {error}"
+        if overlay in self._cancelled:
+            reason = "Stopped."
+        if reason:
+            log.warning("Installing %s failed: %s", overlay, reason)
+        self._finish(job, "failed" if reason else "done", reason or "installed")
 
     async def _run(self, job: Job) -> str | None:
         """None when it is installed, else the reason in one line."""

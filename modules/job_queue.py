@@ -47,9 +47,13 @@ class JobQueue:
 
     async def _run(self) -> None:
         while self._waiting:
-            self._work = asyncio.get_running_loop().create_task(self._do(self._waiting.pop(0)), name=f"{self._name}: one")
+            self._work = asyncio.get_running_loop().create_task(self._next(), name=f"{self._name}: one")
             try:
                 await asyncio.wait([self._work])
             except asyncio.CancelledError:  # the server ends
                 await self.stop()
                 raise
+
+    async def _next(self) -> None:
+        if self._waiting:  # else it was withdrawn in the meantime: a job waits until its work begins
+            await self._do(self._waiting.pop(0))

@@ -222,12 +222,11 @@ class BatchJobs:
             lambda: slots_of(self._services, model or ""),
             lambda progress: self._progressed(batch, progress),
         )
-        batch.state = "running"
-        await self._save_at_work(batch)
-        self._publish(batch)
         task = asyncio.get_running_loop().create_task(run.run(), name=batch.id)
-        self._current = (batch, task)
+        batch.state, self._current = "running", (batch, task)  # at once: a stop must find it
         try:
+            await self._save_at_work(batch)
+            self._publish(batch)
             await asyncio.wait([task])
         except asyncio.CancelledError:  # the server ends
             task.cancel()
