@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from loaders import _hf_compat, _hf_load
-from loaders._gptq_load import Checkpoint, Chooser, open_checkpoint
+from loaders._gptq_load import Checkpoint, Chooser, dtype_on, on_one_device, open_checkpoint
 from loaders._gptq_tensors import unpack
 from loaders._hf_text import TextCodec
 from loaders.autogptq import PACKAGE_KERNEL
@@ -69,9 +69,8 @@ def load(path: str, options: dict[str, Any], progress: Progress) -> _hf_load.Loa
         model = _through_package(package, checkpoint, packed, config, device if own else torch.device("cpu"))
         used = Counter({PACKAGE_KERNEL: len(packed.layouts)})
         if not own:
-            dtype = torch.float32 if device.type == "cpu" else torch.float16
             for parameter in model.parameters():  # not the buffers: computed ones stay in float32
-                parameter.data = parameter.data.to(device, dtype)
+                parameter.data = parameter.data.to(device, dtype_on(device))
             used = swap(model, package, checkpoint, packed, Chooser(options["kernel"], device, packed.layouts), progress)
             if device.type != "cpu":  # a kernel on the CPU holds the addresses of its tensors: nothing may move them
                 model.to(device)
@@ -82,9 +81,8 @@ def load(path: str, options: dict[str, Any], progress: Progress) -> _hf_load.Loa
         traceback.print_exception(error)
         raise _hf_load.typed(error, checkpoint.config_json, f"{package} can't read the checkpoint") from error
     model.eval()
-    eos_ids = _hf_load.end_token_ids(model.generation_config.eos_token_id, tokenizer)
-    info = _describe(path, options, model, tokenizer, config, eos_ids, packed, package, used, device)
-    return _hf_load.Loaded(model, TextCodec(tokenizer), info, device, eos_ids)
+    info = _describe(_hf_load.Parts(path, options, model, tokenizer, config), packed, package, used, device)
+    return _hf_load.Loaded(model, TextCodec(tokenizer), info, device)
 
 
 def installed_package() -> Package:
@@ -154,8 +152,8 @@ def _through_package(package: Package, checkpoint: Checkpoint, packed: Packed, c
         "bits": packed.bits, "group_size": packed.group_size, "desc_act": packed.desc_act, "sym": packed.sym,
         "damp_percent": 0.01, "model_name_or_path": str(checkpoint.folder),
     }  # fmt: skip
-    where, dtype = ("cuda:0", torch.float16) if device.type == "cuda" else ("cpu", torch.float32)
-    return _autogptq_package.load(checkpoint.folder, _file(checkpoint), config, quantization, dtype, where)
+    where = "cuda:0" if device.type == "cuda" else "cpu"
+    return _autogptq_package.load(checkpoint.folder, _file(checkpoint), config, quantization, dtype_on(device), where)
 
 
 def _file(checkpoint: Checkpoint) -> str:
@@ -239,16 +237,7 @@ def runs_through(package: Package) -> str:
 
 
 def _describe(
-    path: str,
-    options: dict[str, Any],
-    model: Any,
-    tokenizer: Any,
-    config: Any,
-    eos_ids: frozenset[int],
-    packed: Packed,
-    package: Package,
-    used: Counter[str],
-    device: torch.device,
+    parts: _hf_load.Parts, packed: Packed, package: Package, used: Counter[str], device: torch.device
 ) -> ModelInfo:
     notes = []
     if package == "gptqmodel":
@@ -256,19 +245,10 @@ def _describe(
     if used[PACKAGE_KERNEL] and device.type == "cpu":
         notes.append("The package's own kernel dequantises every layer for every token: very slow on a CPU.")
     kernels = ", ".join(f"{count} layers by {name}" for name, count in used.most_common())
-    return _hf_load.model_info(
-        path,
-        options,
-        model,
-        tokenizer,
-        config,
-        eos_ids,
+    return parts.info(
         loader="autogptq",
-        format="gptq",
         quantization=Quantization("gptq", packed.bits, packed.group_size, packed.desc_act, packed.sym),
-        dtype="float32" if device.type == "cpu" else "float16",
-        device_map={str(device): 1.0},
-        memory_bytes=sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]),
         engine=f"{runs_through(package)}, torch {torch.__version__}: {kernels}",
         notes=notes,
+        **on_one_device(parts.model, device),
     )

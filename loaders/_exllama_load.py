@@ -55,7 +55,7 @@ def load(path: str, options: dict[str, Any], progress: Progress) -> _hf_load.Loa
         raise typed(error, config, package) from error
     eos_ids = _hf_load.end_token_ids(_generation_eos(folder, config), tokenizer)
     info = _describe(files, config, tokenizer, eos_ids, package, size, options, torch)
-    return _hf_load.Loaded(net, TextCodec(tokenizer), info, torch.device("cpu"), eos_ids)  # ids go in from main memory
+    return _hf_load.Loaded(net, TextCodec(tokenizer), info, torch.device("cpu"))  # ids go in from main memory
 
 
 # --- which package, which options ------------------------------------------------------------------------------

@@ -85,9 +85,9 @@ def load(path: str, options: dict[str, Any], progress: Progress) -> _hf_load.Loa
     except Exception as error:
         traceback.print_exception(error)
         raise _hf_load.typed(error, checkpoint.config_json, "The checkpoint can't be read") from error
-    eos_ids = _hf_load.end_token_ids(model.generation_config.eos_token_id, tokenizer)
-    info = _describe(path, options, model, tokenizer, config, eos_ids, checkpoint.settings, layouts, used, choose)
-    return _hf_load.Loaded(model, TextCodec(tokenizer), info, device, eos_ids)
+    parts = _hf_load.Parts(path, options, model, tokenizer, config)
+    info = _describe(parts, checkpoint.settings, layouts, used, choose)
+    return _hf_load.Loaded(model, TextCodec(tokenizer), info, device)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -170,7 +170,6 @@ def fill(
     sym = checkpoint.settings.get("sym")
     choose = Chooser(kernel, device, layouts, lambda line: progress(LoadProgress(line)))
     used: Counter[str] = Counter()
-    dtype = torch.float32 if device.type == "cpu" else torch.float16
     for number, layout in enumerate(layouts.values()):
         progress(LoadProgress("Unpacking layers", number / len(layouts)))
         old = module_of(layout.name)
@@ -185,7 +184,7 @@ def fill(
         model.set_submodule(where[layout.name], new)
     progress(LoadProgress("Reading the other tensors", 1.0))
     on_cpu = device.type == "cpu"
-    _fill_plain(model, keys, read, device, dtype, _gptq_ends.kept_as_stored(model, choose.wanted) if on_cpu else frozenset())
+    _fill_plain(model, keys, read, device, _gptq_ends.kept_as_stored(model, choose.wanted) if on_cpu else frozenset())
     if on_cpu and _gptq_ends.finish(model, choose.wanted):
         used["output"] += 1
     return list(layouts.values()), choose, used
@@ -196,7 +195,6 @@ def _fill_plain(
     keys: dict[str, str],
     read: Callable[[str], Tensor],
     device: torch.device,
-    dtype: torch.dtype,
     as_stored: frozenset[str],
 ) -> None:
     model.tie_weights()
@@ -217,7 +215,7 @@ def _fill_plain(
             )
         owner = model.get_submodule(name.rpartition(".")[0])
         keep = name in as_stored and tensor.dtype.itemsize == 2
-        held = tensor.clone() if keep else tensor.to(device, dtype)
+        held = tensor.clone() if keep else tensor.to(device, dtype_on(device))
         setattr(owner, name.rpartition(".")[2], nn.Parameter(held, requires_grad=False))
     model.tie_weights()
     for part in model.modules():
@@ -238,18 +236,9 @@ _SAYS = {
 
 
 def _describe(
-    path: str,
-    options: dict[str, Any],
-    model: Any,
-    tokenizer: Any,
-    config: Any,
-    eos_ids: frozenset[int],
-    settings: dict[str, Any],
-    layouts: list[LayerLayout],
-    used: Counter[str],
-    choose: Chooser,
+    parts: _hf_load.Parts, settings: dict[str, Any], layouts: list[LayerLayout], used: Counter[str], choose: Chooser
 ) -> ModelInfo:
-    packed = [module for module in model.modules() if isinstance(module, GptqLinear)]
+    packed = [module for module in parts.model.modules() if isinstance(module, GptqLinear)]
     kernels = ", ".join(f"{count} layer{'s' * (count > 1)} {_SAYS[name]}" for name, count in used.most_common())
     device = choose.device
     capability = torch.backends.cpu.get_cpu_capability() if device.type == "cpu" else torch.cuda.get_device_name(device)
@@ -260,15 +249,8 @@ def _describe(
         notes.append(f"Long prompts are multiplied in {str(product_dtype()).removeprefix('torch.')}.")
     elif used["unpack"] and device.type == "cpu" and not int4_works():
         notes.append("Packed layers are dequantised at each call, which is slow.")
-    return _hf_load.model_info(
-        path,
-        options,
-        model,
-        tokenizer,
-        config,
-        eos_ids,
+    return parts.info(
         loader="gptq_for_llama",
-        format="gptq",
         quantization=Quantization(
             "gptq",
             bits=max(layout.bits for layout in layouts),
@@ -276,12 +258,25 @@ def _describe(
             desc_act=any(module.perm is not None for module in packed) or bool(settings.get("desc_act")),
             sym=settings.get("sym"),
         ),
-        dtype="float32" if device.type == "cpu" else "float16",
-        device_map={str(device): 1.0},
-        memory_bytes=sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]),
         engine=f"GPTQ runtime, torch {torch.__version__}, {capability}: {kernels}",
         notes=notes,
+        **on_one_device(parts.model, device),
     )
+
+
+def on_one_device(model: Any, device: torch.device) -> dict[str, Any]:
+    """What a GPTQ model's ModelInfo says of where it is and in which numbers."""
+    return {
+        "format": "gptq",
+        "dtype": str(dtype_on(device)).removeprefix("torch."),
+        "device_map": {str(device): 1.0},
+        "memory_bytes": sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()]),
+    }
+
+
+def dtype_on(device: torch.device) -> torch.dtype:
+    """Of the tensors that are not packed, and of what the layers compute in."""
+    return torch.float32 if device.type == "cpu" else torch.float16
 
 
 def _generation_config(folder: Path, model: Any) -> Any:

@@ -47,8 +47,43 @@ class Loaded:
     text: TextCodec
     info: ModelInfo
     input_device: Any
-    eos_ids: frozenset[int]
     vision: Vision | None = None
+
+    @property
+    def eos_ids(self) -> frozenset[int]:
+        return frozenset(self.info.eos_token_ids)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A model of transformers' classes as it was read, with what it was read from."""
+
+    path: str
+    options: dict[str, Any]
+    model: Any
+    tokenizer: Any
+    config: Any
+
+    def info(self, *, notes: Iterable[str] = (), **known: Any) -> ModelInfo:
+        """What any such model says about itself, beside what its loader has `known`."""
+        text_config = self.config.get_text_config(decoder=True)
+        trained = int(getattr(text_config, "max_position_embeddings", 0) or _DEFAULT_CONTEXT)
+        context = self.options["ctx_size"] or trained
+        if context > trained:
+            notes = (*notes, f"The context of {context} is beyond the {trained} tokens the model was trained on.")
+        return ModelInfo(
+            name=Path(self.path).name,
+            path=self.path,
+            architecture=(self.config.architectures or [type(self.model).__name__])[0],
+            context_length=context,
+            vocab_size=int(text_config.vocab_size),
+            chat_template=chat_template(self.tokenizer),
+            bos_token=self.tokenizer.bos_token,
+            eos_token=self.tokenizer.eos_token,
+            eos_token_ids=tuple(sorted(end_token_ids(self.model.generation_config.eos_token_id, self.tokenizer))),
+            notes=tuple(notes),
+            **known,
+        )
 
 
 def load(path: str, options: dict[str, Any], progress: Progress) -> Loaded:
@@ -90,19 +125,16 @@ def load(path: str, options: dict[str, Any], progress: Progress) -> Loaded:
         check_report(report)
         model.eval()
         model, notes = _with_adapters(model, options, progress)
-    text = TextCodec(tokenizer)
-    eos_ids = end_token_ids(model.generation_config.eos_token_id, tokenizer)
-    input_device = _input_device(model, torch)
     if "past_key_values" not in _forward_parameters(model):
         raise IncompatibleModel(
             f"{type(model).__name__} keeps its state in a form this loader does not run.",
             hint="Use its GGUF form with llama.cpp, or its .pth with RWKV.",
         )
     notes += [blind] if blind else []
-    info = _describe(path, options, model, tokenizer, config, eos_ids, tuple(notes), torch)
+    info = _describe(Parts(path, options, model, tokenizer, config), notes, torch)
     if vision is not None:
         info = replace(info, image_token=vision.token, image_tokens=vision.cost())
-    return Loaded(model, text, info, input_device, eos_ids, vision)
+    return Loaded(model, TextCodec(tokenizer), info, _input_device(model, torch), vision)
 
 
 def model_class(transformers: Any, vision: Vision | None) -> Any:
@@ -361,26 +393,12 @@ def _input_device(model: Any, torch: Any) -> Any:
     return torch.device(getattr(hook, "execution_device", None) or "cpu")
 
 
-def _describe(
-    path: str,
-    options: dict[str, Any],
-    model: Any,
-    tokenizer: Any,
-    config: Any,
-    eos_ids: frozenset[int],
-    notes: tuple[str, ...],
-    torch: Any,
-) -> ModelInfo:
+def _describe(parts: Parts, notes: list[str], torch: Any) -> ModelInfo:
+    model, options = parts.model, parts.options
     quantization = None
     if options["load_in_8bit"] or options["load_in_4bit"]:
         quantization = Quantization("bnb", 8 if options["load_in_8bit"] else 4)
-    return model_info(
-        path,
-        options,
-        model,
-        tokenizer,
-        config,
-        eos_ids,
+    return parts.info(
         loader="transformers",
         format="hf",
         quantization=quantization,
@@ -389,38 +407,6 @@ def _describe(
         memory_bytes=int(model.get_memory_footprint()),
         engine=f"transformers, torch {torch.__version__}, {type(model).__name__}",
         notes=notes,
-    )
-
-
-def model_info(
-    path: str,
-    options: dict[str, Any],
-    model: Any,
-    tokenizer: Any,
-    config: Any,
-    eos_ids: frozenset[int],
-    *,
-    notes: Iterable[str] = (),
-    **known: Any,
-) -> ModelInfo:
-    """What any model of transformers' classes says about itself, beside what its loader has `known`."""
-    text_config = config.get_text_config(decoder=True)
-    trained = int(getattr(text_config, "max_position_embeddings", 0) or _DEFAULT_CONTEXT)
-    context = options["ctx_size"] or trained
-    if context > trained:
-        notes = (*notes, f"The context of {context} is beyond the {trained} tokens the model was trained on.")
-    return ModelInfo(
-        name=Path(path).name,
-        path=path,
-        architecture=(config.architectures or [type(model).__name__])[0],
-        context_length=context,
-        vocab_size=int(text_config.vocab_size),
-        chat_template=chat_template(tokenizer),
-        bos_token=tokenizer.bos_token,
-        eos_token=tokenizer.eos_token,
-        eos_token_ids=tuple(sorted(eos_ids)),
-        notes=tuple(notes),
-        **known,
     )
 
 

@@ -75,10 +75,9 @@ def load(path: str, options: Mapping[str, Any], progress: Progress) -> Loaded:
                 hint="Choose a smaller one, or a strategy with fp16i8 or a layer split.",
             ) from error
         raise typed(error, {}, "The weights and the rwkv package do not agree") from error
-    eos_ids = frozenset(i for i in sidecars.eos_ids if 0 <= i < shape.vocab)
-    info = _describe(place, options, shape, strategy, model, sidecars, eos_ids, torch)
+    info = _describe(place, options, shape, strategy, model, sidecars, torch)
     device = "cpu" if strategy.startswith("cpu") else strategy.split(" ")[0]
-    return Loaded(model, cast(TextCodec, text), info, torch.device(device), eos_ids)
+    return Loaded(model, cast(TextCodec, text), info, torch.device(device))
 
 
 def weights_file(place: Path) -> Path:
@@ -296,7 +295,6 @@ def _describe(
     strategy: str,
     model: Any,
     sidecars: Sidecars,
-    eos_ids: frozenset[int],
     torch: Any,
 ) -> ModelInfo:
     trained = sidecars.context or _DEFAULT_CONTEXT
@@ -324,7 +322,7 @@ def _describe(
         chat_template=sidecars.template,
         bos_token=sidecars.bos,
         eos_token=sidecars.eos,
-        eos_token_ids=tuple(sorted(eos_ids)),
+        eos_token_ids=tuple(sorted(i for i in sidecars.eos_ids if 0 <= i < shape.vocab)),
         device_map={name: round(share, 4) for name, share in shares.items()},
         memory_bytes=int(total),
         engine=f"rwkv, torch {torch.__version__}, v{shape.version}, {strategy}",
