@@ -388,8 +388,7 @@ class ModelManager:
     async def _refuse_hopeless(self, place: Place, need: Need, machine: Machine, freed: int) -> None:
         whole = dataclasses.replace(machine, ram_available_bytes=min(machine.ram_available_bytes + freed, machine.ram_bytes))
         if not place.anyway and need.hopeless(whole):
-            around = (whole, self._specs.values(), self._environment)
-            raise await asyncio.to_thread(refusal, place.model, place.spec, place.options, need, *around)
+            raise await asyncio.to_thread(refusal, need, whole, self._specs.values(), self._environment)
 
     def _fits(self, place: Place, need: Need) -> bool:
         others = sum(p.state == "ready" for p in self._others(place))

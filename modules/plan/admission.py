@@ -25,8 +25,12 @@ ERROR = 0.15  # estimates are within this of what was measured (benchmarks/plan_
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Need:
-    """What one load needs. `known` is false for a figure by the file's size alone, which refuses nothing."""
+    """A load of `model` with complete `options`, and the memory it needs. `known` is false for a figure by the file's size alone,
+    which refuses nothing."""
 
+    model: ModelFiles
+    spec: LoaderSpec
+    options: Mapping[str, Any]
     memory: Memory
     shape: Shape | None = None
     known: bool = False
@@ -48,29 +52,20 @@ def need_of(model: ModelFiles, spec: LoaderSpec, options: Mapping[str, Any], mac
     says what is wrong with it."""
     shape = Shape(model.format, model.architecture, model.size_bytes, model.parameters or 0, path=model.path)
     if estimator(spec) is None:
-        return Need(estimate(shape, spec, options, machine))
+        return Need(model, spec, options, estimate(shape, spec, options, machine))
     try:
         shape = read_shape(model)
-        return Need(estimate(shape, spec, options, machine), shape, known=not shape.gap)
+        return Need(model, spec, options, estimate(shape, spec, options, machine), shape, known=not shape.gap)
     except (AppError, OSError):
-        return Need(Memory(weights=model.size_bytes))
+        return Need(model, spec, options, Memory(weights=model.size_bytes))
 
 
-def refusal(
-    model: ModelFiles,
-    spec: LoaderSpec,
-    options: Mapping[str, Any],
-    need: Need,
-    machine: Machine,
-    specs: Iterable[LoaderSpec],
-    environment: Environment,
-) -> CannotFit:
+def refusal(need: Need, machine: Machine, specs: Iterable[LoaderSpec], environment: Environment) -> CannotFit:
     """The error for a load that can't fit: what it needs, what there is, and what would fit."""
-    near = nearest_to(model, spec, options, need, machine, specs, environment)
-    lacking = _lacking(need.memory, machine)
+    near = nearest_to(need, machine, specs, environment)
     return CannotFit(
-        f"{model.id} does not fit with {spec.title} and these settings: it {lacking}.",
-        hint=f"{in_words(near, spec)} To try it all the same, load it anyway.",
+        f"{need.model.id} does not fit with {need.spec.title} and these settings: it {_lacking(need.memory, machine)}.",
+        hint=f"{in_words(near, need.spec)} To try it all the same, load it anyway.",
         detail={"nearest": to_wire(near) if near else None, "needed_bytes": need.memory.at_load},
     )
 
@@ -94,19 +89,12 @@ def in_words(fit: Fit | None, spec: LoaderSpec) -> str:
     return f"The nearest that fits is {backend}{choices or fit.title}{how}{memory}."
 
 
-def nearest_to(
-    model: ModelFiles,
-    spec: LoaderSpec,
-    options: Mapping[str, Any],
-    need: Need,
-    machine: Machine,
-    specs: Iterable[LoaderSpec],
-    environment: Environment,
-) -> Fit | None:
+def nearest_to(need: Need, machine: Machine, specs: Iterable[LoaderSpec], environment: Environment) -> Fit | None:
     """The setting nearest to the one asked for: the same with a shorter context, else this loader's others, else another way."""
     if need.shape is None:
         return None
-    asked = {name: value for name, value in options.items() if (o := spec.option(name)) is None or value != o.default}
+    spec = need.spec
+    asked = {name: value for name, value in need.options.items() if (o := spec.option(name)) is None or value != o.default}
     for context in contexts(need.shape):
         tried = with_context(spec, asked, context)
         memory = estimate(need.shape, spec, complete(spec, tried), machine)
@@ -114,6 +102,6 @@ def nearest_to(
             setting = Setting(tried)
             return describe(need.shape, spec, setting, context, tried, memory, machine, installed=True, how="load")
     try:
-        return nearest(plan(model, machine, specs, environment, shape=need.shape), spec.name)
+        return nearest(plan(need.model, machine, specs, environment, shape=need.shape), spec.name)
     except LoadError:
         return None

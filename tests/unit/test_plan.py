@@ -154,7 +154,8 @@ def test_transformers_leaves_on_the_cpu_what_a_gpu_has_no_room_for() -> None:
     whole = estimate(LLAMA, spec, complete(spec, {}), dataclasses.replace(MACHINE, gpus=(Gpu("card", 8 * GB, 8 * GB),)))
     parted = estimate(LLAMA, spec, complete(spec, {}), card)
     assert parted.vram == 2 * GB and parted.weights == whole.vram - 2 * GB > 0 == whole.weights
-    assert not Need(parted, LLAMA, known=True).hopeless(card)
+    need = Need(FILES, spec, {}, parted, LLAMA, known=True)
+    assert not need.hopeless(card)
     assert not estimate(LLAMA, spec, complete(spec, {"load_in_8bit": True}), card).weights
 
 
@@ -219,7 +220,7 @@ def test_a_refusal_names_the_nearest_that_fits(tmp_path: Path) -> None:
     need = dataclasses.replace(need_of(model, spec, options, MACHINE), shape=shape, known=True)
     need = dataclasses.replace(need, memory=estimate(shape, spec, options, MACHINE))
     assert need.hopeless(MACHINE) and not need.fits(MACHINE.ram_available_bytes)
-    error = refusal(model, spec, options, need, MACHINE, SPECS.values(), Installed())
+    error = refusal(need, MACHINE, SPECS.values(), Installed())
     assert isinstance(error, CannotFit) and error.code == "cannot_fit"
     assert error.detail["nearest"]["options"] == {"ctx_size": 2048} and "ctx_size 2048" in error.hint
 
