@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import logging
 import secrets
 import time
 from pathlib import Path
@@ -16,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from modules.convert.gguf import AUTO, ConvertJob, convert, default_output
 from modules.convert.gguf_types import gguf_type
-from modules.errors import AppError, Conflict, NotFound
+from modules.errors import Conflict, NotFound
 from modules.events import EventBus, revision
-from modules.job_queue import JobQueue
+from modules.job_queue import JobQueue, failure
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from modules.schema import LoadProgress
 
     Run = Callable[..., Awaitable[Any]]
-
-log = logging.getLogger(__name__)
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 KEPT = 50
@@ -135,13 +132,8 @@ class Conversions:
         except asyncio.CancelledError:
             self._change(job, state="cancelled", stage="")
             raise
-        except AppError as error:
-            wire = error.to_wire()
-            wire["detail"] = {key: value for key, value in wire["detail"].items() if key in ("exit_code", "stderr")}
-            self._change(job, state="failed", stage="", error=wire)
         except Exception as error:
-            log.exception("converting %s", job.model)
-            self._change(job, state="failed", stage="", error=AppError(f"The conversion failed: {error}.").to_wire())
+            self._change(job, state="failed", stage="", error=failure(error, f"Converting {job.model}"))
         else:
             result = {"model": self._listed_as(done.path), "size_bytes": done.size_bytes, "seconds": done.seconds}
             notes = list(done.notes)

@@ -1,12 +1,17 @@
-"""Jobs in the background of the server, one after another."""
+"""Jobs in the background of the server, one after another, and how the end of one that failed is told."""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from typing import TYPE_CHECKING, Any
+
+from modules.errors import AppError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
+
+log = logging.getLogger(__name__)
 
 
 class JobQueue:
@@ -57,3 +62,12 @@ class JobQueue:
     async def _next(self) -> None:
         if self._waiting:  # else it was withdrawn in the meantime: a job waits until its work begins
             await self._do(self._waiting.pop(0))
+
+
+def failure(error: Exception, doing: str) -> dict[str, Any]:
+    """The wire form of what ended a job, for its card: of the details only how its process ended. What is no AppError is logged."""
+    if not isinstance(error, AppError):
+        log.error("%s failed", doing, exc_info=error)
+        error = AppError(f"{doing} failed: {error}.", hint="See the log.")
+    wire = error.to_wire()
+    return wire | {"detail": {key: value for key, value in wire["detail"].items() if key in ("exit_code", "stderr")}}

@@ -15,9 +15,9 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from modules.errors import AppError, Conflict, IncompatibleModel, InvalidParameter, NotFound
+from modules.errors import Conflict, IncompatibleModel, InvalidParameter, NotFound
 from modules.events import EventBus, revision
-from modules.job_queue import JobQueue
+from modules.job_queue import JobQueue, failure
 from modules.overlays import read_json, write_json
 from modules.paths import confine
 from modules.quantize.process import QuantizeJob, default_out, quantize
@@ -155,14 +155,8 @@ class Quantizations:
         except asyncio.CancelledError:
             self._change(job, state="cancelled", stage="", eta_s=None)
             raise
-        except AppError as error:
-            wire = error.to_wire()
-            wire["detail"] = {key: value for key, value in wire["detail"].items() if key in ("exit_code", "stderr")}
-            self._change(job, state="failed", stage="", eta_s=None, error=wire)
         except Exception as error:
-            log.exception("quantising %s", job.model)
-            failed = AppError(f"Quantising failed: {error}.", hint="See the log.").to_wire()
-            self._change(job, state="failed", stage="", eta_s=None, error=failed)
+            self._change(job, state="failed", stage="", eta_s=None, error=failure(error, f"Quantising {job.model}"))
         else:
             result = {
                 "model": Path(done.path).name,
