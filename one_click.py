@@ -30,7 +30,7 @@ if sys.version_info < MINIMUM:
     )
 
 from modules import llamacpp_build, update  # noqa: E402
-from modules.config import COMMANDS, normalise, read_cmd_flags, split_command  # noqa: E402
+from modules.command_line import COMMANDS, normalise, read_cmd_flags, split_command  # noqa: E402
 from modules.console import Console  # noqa: E402
 from modules.convert.library import ConverterError, install_converter  # noqa: E402
 from modules.environments import Installer, pip_env  # noqa: E402

@@ -7,7 +7,7 @@ import sys
 
 
 def main(argv: list[str]) -> int:
-    from modules.config import COMMANDS, parse, print_problem
+    from modules.command_line import COMMANDS, parse, print_problem
     from modules.errors import ConfigError
 
     try:

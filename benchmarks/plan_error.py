@@ -22,7 +22,7 @@ from typing import Any
 from common import ROOT, Overlays, report
 
 from modules.detect import inspect
-from modules.engine_client import WorkerClient
+from modules.worker_client import WorkerClient
 from modules.load_options import complete_options
 from modules.plan.admission import need_of
 from modules.plan.machine import measure_bandwidth, this_machine

@@ -17,7 +17,8 @@ from typing import Any
 
 from common import ROOT, report
 
-from modules.engine_client import EngineClient, WorkerClient
+from modules.engine_client import EngineClient
+from modules.worker_client import WorkerClient
 from modules.overlays import Overlays
 from modules.ray_engine.client import RayEngine
 from modules.ray_engine.settings import RaySettings

@@ -49,7 +49,7 @@ from modules.api.middleware import Guard, Hosts
 from modules.batch.jobs import BatchJobs
 from modules.chat.places import passwords
 from modules.chat.service import ChatService
-from modules.config import print_problem
+from modules.command_line import print_problem
 from modules.errors import AppError, ConfigError
 from modules.logs import set_up
 from modules.wiring import build_services, end_streams, running

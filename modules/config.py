@@ -1,32 +1,24 @@
-"""The configuration: command line > environment (SWITCHYARD_*) > settings file > default.
+"""The table of the server's options.
 
-`Config`'s fields are the one table: name, type, default, help, group, flags. The command line parser, the environment
-names, the settings file's keys and the commented sample file are loops over it. A loader's options are not here: they come
-from its `LoaderSpec.options`, under the same flags and precedence, and end in `Config.loader_options` (only those given).
-Flags keep text-generation-webui's names where they mean the same; both `--some-name` and `--some_name` are taken.
+`Config`'s fields are its rows: name, type, default, help, group, flags. The command line parser, the environment names, the
+settings file's keys and the commented sample file are loops over it (modules.command_line). A loader's options are not here: they
+come from its `LoaderSpec.options`, under the same flags and precedence, and end in `Config.loader_options` (only those given).
+Flags keep text-generation-webui's names where they mean the same.
 """
 
 from __future__ import annotations
 
 import argparse  # noqa: TC003 - the annotations of Config are read at run time
 import dataclasses
-import difflib
-import importlib
 import ipaddress
-import itertools
-import os
-import shlex
-import sys
 import typing
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from modules.errors import ConfigError
-from modules.foreign_flags import BARE, FOREIGN_FLAGS, JOINED, NO, TRANSLATED, YES, YES_OR_NO
-from modules.options import ROOT as ROOT
-from modules.options import Formatter, Kind, Option, Parser, add_options, build_parser, sample_file
+from modules.options import ROOT, Kind, Option
 from modules.ray_engine.settings import RaySettings
 
 if typing.TYPE_CHECKING:
@@ -54,7 +46,7 @@ def _option(
 
 @dataclass(frozen=True)
 class Config:
-    """Everything the server is told at start. Build it with `parse` or, in tests, directly."""
+    """Everything the server is told at start. Build it with `command_line.parse` or, in tests, directly."""
 
     # Where to listen
     listen: bool = _option(False, "Listen on every network interface. Needs a key: `keys create`, or --api-key.", "Server")
@@ -192,7 +184,7 @@ class Config:
         return tuple(str(self.lora_dir / name if (self.lora_dir / name).exists() else Path(name)) for name in self.lora)
 
 
-# --- the table as a parser -------------------------------------------------------------------------------------
+# --- the table as rows -----------------------------------------------------------------------------------------
 
 _INTERNAL = frozenset({"loader_options", "explicit", "command", "arguments", "warnings"})
 
@@ -265,259 +257,11 @@ def _drop_taken(rows: dict[str, Option], taken: set[str]) -> dict[str, Option]:
     return result
 
 
-# --- parsing ---------------------------------------------------------------------------------------------------
+# --- checks ----------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Command:
-    """A subcommand. `add_parser(subparsers)` returns its parser, `run(arguments, config)` the exit status."""
-
-    name: str
-    module: str
-    help: str
-
-
-COMMANDS = {
-    command.name: command
-    for command in (
-        Command("serve", "modules.app", "Serve the page and the API (this is the default)."),
-        Command("keys", "modules.keys", "Make, list and revoke API keys."),
-        Command("conformance", "modules.conformance.cli", "Try every protocol on every loader."),
-        Command("doctor", "modules.doctor", "Check every loader: installed, importable, device, generation."),
-        Command("chats", "modules.chat.copying", "Copy all chats between a data folder and a database."),
-        Command("convert", "modules.convert.cli", "Convert and quantise models."),
-        Command("quantize", "modules.quantize.cli", "Make a GPTQ checkpoint of a model."),
-        Command("evaluate", "modules.evaluate.cli", "Measure models: perplexity, speed, answers side by side, tasks."),
-        Command("bench", "modules.evaluate.bench_cli", "Measure tokens per second."),
-        Command("batch", "modules.batch.cli", "Answer a file of requests (OpenAI's batch format)."),
-        Command("remote", "modules.remotes.cli", "Other servers as backends: add, list, test, remove."),
-        Command("download", "modules.download", "Download a model."),
-        Command("plan", "modules.plan.cli", "Say what fits on this machine: backend, quantisation, context, memory, speed."),
-    )
-}
-
-
-def parse(argv: Sequence[str], environ: Mapping[str, str] | None = None, root: Path = ROOT) -> Config:
-    """The configuration of one command line. Raises ConfigError with one line that says what is wrong."""
-    environ = os.environ if environ is None else environ
-    rows = server_options()
-    loader_rows = loader_option_rows()
-    known = {flag for row in (*rows, *loader_rows) for flag in row.flags()}
-    words = normalise(argv)
-    known |= _own_flags(split_command(words)[0])
-    line, warnings = adopt_foreign_flags([*normalise(read_cmd_flags(root, words)), *words], known)
-    command, before, after = split_command(line)
-    parser = build_parser([*rows, *loader_rows])
-    _list_commands(parser)
-    given, arguments = _parse_line(parser, command, before, after, [*rows, *loader_rows])
-    if given.pop("print_config", False):
-        print(sample_file([*rows, *loader_rows]))
-        raise SystemExit(0)
-    values = _merge(given, environ, rows, loader_rows)
-    server = {row.name: values[row.name] for row in rows if row.name in values}
-    loader = {row.name: values[row.name] for row in loader_rows if row.name in values}
-    config = Config(
-        **server,
-        loader_options=loader,
-        explicit=frozenset(values),
-        command=command,
-        arguments=arguments,
-        warnings=tuple(warnings),
-    )
-    _check(config)
-    return config
-
-
-def _parse_line(
-    parser: argparse.ArgumentParser, command: str, before: list[str], after: list[str], rows: Sequence[Option]
-) -> tuple[dict[str, Any], argparse.Namespace | None]:
-    """Server flags may stand on both sides of a subcommand; what its own parser has after it is its own."""
-    given, unknown = parser.parse_known_args(before if command != "serve" else [*before, *after])
-    if unknown:
-        raise ConfigError(_unknown_flag(unknown[0], parser))
-    values = vars(given)
-    if command == "serve":
-        return values, None
-    holder, own = _own_parser(command)
-    shared = _without_conflicts(own, rows)
-    add_options(own, shared, hidden=True)
-    arguments, unknown = holder.parse_known_args([command, *after])
-    if unknown:
-        raise ConfigError(_unknown_flag(unknown[0], own))
-    values.update({row.name: getattr(arguments, row.name) for row in shared if hasattr(arguments, row.name)})
-    return values, arguments
-
-
-def _own_parser(command: str) -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
-    """(what holds the subcommand, the subcommand's own parser)."""
-    holder = Parser(prog="server.py", allow_abbrev=False)
-    subparsers = holder.add_subparsers(dest="command", parser_class=Parser)
-    importlib.import_module(COMMANDS[command].module).add_parser(subparsers)
-    own: argparse.ArgumentParser = subparsers.choices[command]
-    return holder, own
-
-
-def _own_flags(command: str) -> set[str]:
-    """A subcommand's own flags: `bench --num-beams 4` is no flag of another product."""
-    return set() if command == "serve" else set(_own_parser(command)[1]._option_string_actions)
-
-
-def _without_conflicts(own: argparse.ArgumentParser, rows: Sequence[Option]) -> list[Option]:
-    flags = set(own._option_string_actions)
-    taken = {action.dest for action in own._actions}
-    return [row for row in rows if row.name not in taken and flags.isdisjoint(row.flags())]
-
-
-def _unknown_flag(flag: str, parser: argparse.ArgumentParser) -> str:
-    if not flag.startswith("-"):
-        return f"Unknown subcommand {flag!r}: {', '.join(COMMANDS)} are known."
-    name = flag.partition("=")[0]
-    close = difflib.get_close_matches(name, parser._option_string_actions, n=1)
-    return f"Unknown flag {name}." + (f" Did you mean {close[0]}?" if close else " --help lists the flags.")
-
-
-def _list_commands(parser: argparse.ArgumentParser) -> None:
-    lines = "\n".join(f"  {command.name:<13}{command.help}" for command in COMMANDS.values())
-    parser.formatter_class = Formatter
-    parser.description = f"{parser.description}\n\nsubcommands (server.py NAME --help shows each one's own flags):\n{lines}"
-
-
-def normalise(line: Sequence[str]) -> list[str]:
-    """Flags with dashes for underscores: `--n_ctx=4096` is `--n-ctx=4096`. Values stay as they are."""
-    words = []
-    for word in line:
-        name, equals, value = word.partition("=")
-        words.append(name.replace("_", "-") + equals + value if name.startswith("--") else word)
-    return words
-
-
-def split_command(line: Sequence[str], names: Collection[str] = ()) -> tuple[str, list[str], list[str]]:
-    """(subcommand, flags before it, arguments after it). A value of a flag is no subcommand: `--model doctor`."""
-    for index, word in enumerate(line):
-        previous = line[index - 1] if index else ""
-        if word in (names or COMMANDS) and (index == 0 or not _takes_value(previous)):
-            return word, list(line[:index]), list(line[index + 1 :])
-    return "serve", list(line), []
-
-
-def _takes_value(word: str) -> bool:
-    """Whether a word before it makes the next one its value: a flag without `=` that is no switch."""
-    if not word.startswith("--") or "=" in word:
-        return False
-    name = word[2:].replace("-", "_")
-    kinds = {n: row.kind for row in server_options() for n in (row.name, *row.aliases)}
-    kind = kinds.get(name, "bool" if name.startswith("no_") else "str")
-    return kind != "bool"
-
-
-def read_cmd_flags(root: Path, argv: Sequence[str] = ()) -> list[str]:
-    """The words of CMD_FLAGS.txt: in the user data folder, else in the root. `#` starts a comment; a line's trailing
-    backslash is dropped, since all lines are one command line anyway."""
-    folders = [root / "user_data", root]
-    for index, word in enumerate(argv):
-        if word == "--user-data-dir" and index + 1 < len(argv):
-            folders.insert(0, Path(argv[index + 1]))
-        elif word.startswith("--user-data-dir="):
-            folders.insert(0, Path(word.partition("=")[2]))
-    for path in (folder / "CMD_FLAGS.txt" for folder in folders):
-        if path.is_file():
-            return parse_cmd_flags(path.read_text(encoding="utf-8-sig"), str(path))
-    return []
-
-
-def parse_cmd_flags(text: str, name: str = "CMD_FLAGS.txt") -> list[str]:
-    lines = (line.strip().rstrip("\\") for line in text.splitlines())
-    try:
-        return shlex.split("\n".join(line for line in lines if line and not line.startswith("#")), comments=True)
-    except ValueError as error:
-        raise ConfigError(f"{name}: {error}.", hint="Check its quotes.") from error
-
-
-def adopt_foreign_flags(line: Sequence[str], known: set[str]) -> tuple[list[str], list[str]]:
-    """The line with text-generation-webui's flags turned into ours where they mean the same; the others are left out, with
-    one line of warning for each."""
-    kept: list[str] = []
-    warnings: list[str] = []
-    words = list(line)
-    while words:
-        word = words.pop(0)
-        flag, equals, value = word.partition("=")
-        why = FOREIGN_FLAGS.get(flag)
-        if flag in BARE and not equals and (not words or words[0].startswith("--") or words[0] in COMMANDS):
-            kept += [flag, BARE[flag]]
-        elif flag in JOINED and not equals:
-            taken = list(itertools.takewhile(_is_number, words[: JOINED[flag]]))
-            del words[: len(taken)]
-            kept += [f"{flag}={' '.join(taken)}"] if taken else [flag]
-        elif flag in YES_OR_NO and not equals and words and words[0].lower() in YES | NO:
-            kept.append(flag if words.pop(0).lower() in YES else flag.replace("--", "--no-", 1))
-        elif flag in known or (flag not in TRANSLATED and why is None):
-            kept.append(word)
-        elif flag in TRANSLATED:
-            template = TRANSLATED[flag]
-            if "{}" in template and not equals:
-                value = words.pop(0) if words else ""
-            kept += [part.replace("{}", value) for part in template]
-        elif why is not None:
-            warnings.append(f"{flag} is ignored: {why.reason}")
-            if not equals:
-                _drop_values(words, why.takes_values)
-    return kept, warnings
-
-
-def _is_number(word: str) -> bool:
-    return word.replace(".", "", 1).isdecimal()
-
-
-def _drop_values(words: list[str], most: int) -> None:
-    """Remove the values of a flag that was left out; the next flag or subcommand is none."""
-    for _ in range(1 if most == 1 else len(words) if most else 0):
-        if not words or words[0].startswith("--") or words[0] in COMMANDS:
-            return
-        words.pop(0)
-
-
-def _merge(given: dict[str, Any], environ: Mapping[str, str], rows: list[Option], loader_rows: list[Option]) -> dict[str, Any]:
-    """Explicit values only, by precedence."""
-    every = [*rows, *loader_rows]
-    values = {row.name: row.convert(environ[row.env], row.env) for row in every if row.env in environ}
-    values.update({k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
-    path = values.get("settings")
-    if path is None:
-        data_dir = values.get("user_data_dir", Config().user_data_dir)
-        path = Path(data_dir) / "config.yaml"
-        if not path.is_file():
-            return values
-    from_file = read_settings(Path(path), every)
-    return {**from_file, **values}
-
-
-def read_settings(path: Path, rows: Sequence[Option]) -> dict[str, Any]:
-    """The settings file's values. Raises ConfigError for one that can't be read or holds an unknown key."""
-    import yaml
-
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ConfigError(f"The settings file {path} can't be read: {error.strerror}.") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"The settings file {path} is no YAML: {' '.join(str(error).split())}.") from error
-    if data is None:
-        return {}
-    if not isinstance(data, dict):
-        raise ConfigError(f"The settings file {path} must be a map of option names.")
-    by_name = {name: row for row in rows for name in (row.name, *row.aliases)}
-    values = {}
-    for key, value in data.items():
-        row = by_name.get(str(key).replace("-", "_"))
-        if row is None:
-            close = difflib.get_close_matches(str(key), by_name, n=1)
-            raise ConfigError(f"{path}: unknown key {key!r}." + (f" Did you mean {close[0]!r}?" if close else ""))
-        values[row.name] = row.convert(value, f"{path}: {key}")
-    return values
-
-
-def _check(config: Config) -> None:
+def check(config: Config) -> None:
+    """Raises ConfigError for what the options can't be together."""
     if not 0 <= config.listen_port <= 65535:
         raise ConfigError(f"--listen-port must be between 0 and 65535, not {config.listen_port}.")
     if config.idle_timeout < 0 or config.max_models < 0 or config.max_body_mb < 1:
@@ -554,9 +298,3 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def print_problem(error: ConfigError) -> int:
-    """Say a configuration problem in one line; the exit status."""
-    print(f"Switchyard: {error}", file=sys.stderr)
-    return 2

@@ -222,7 +222,7 @@ async def _smoke(row: Row, spec: LoaderSpec, overlays: Overlays, config: Config,
 
 
 async def _generate(row: Row, spec: LoaderSpec, overlays: Overlays, config: Config, path: str) -> str | None:
-    from modules.engine_client import WorkerClient
+    from modules.worker_client import WorkerClient
     from modules.load_options import complete_options
     from modules.schema import Done, GenerationRequest, StopParams
 

@@ -1,10 +1,12 @@
-"""Flags of text-generation-webui that mean nothing here, each with the reason: a warning, not a crash.
+"""Flags of text-generation-webui that mean something else here, or nothing, each with the reason: a warning, not a crash.
 
 A flag leaves this table when a loader or the server takes it up; a known flag always wins over its row here.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from modules.sampling import PARAMETERS
@@ -133,3 +135,47 @@ FOREIGN_FLAGS: dict[str, ForeignFlag] = {
     for parameter in PARAMETERS.values()
     for name in (parameter.name, *parameter.aliases)
 } | _TABLE
+
+
+def adopt(line: Sequence[str], known: set[str], commands: Collection[str]) -> tuple[list[str], list[str]]:
+    """The line with text-generation-webui's flags turned into ours where they mean the same; the others are left out, with one line
+    of warning for each. `known` are our flags, `commands` our subcommands, which are no flag's value."""
+    kept: list[str] = []
+    warnings: list[str] = []
+    words = list(line)
+    while words:
+        word = words.pop(0)
+        flag, equals, value = word.partition("=")
+        why = FOREIGN_FLAGS.get(flag)
+        if flag in BARE and not equals and (not words or words[0].startswith("--") or words[0] in commands):
+            kept += [flag, BARE[flag]]
+        elif flag in JOINED and not equals:
+            taken = list(itertools.takewhile(_is_number, words[: JOINED[flag]]))
+            del words[: len(taken)]
+            kept += [f"{flag}={' '.join(taken)}"] if taken else [flag]
+        elif flag in YES_OR_NO and not equals and words and words[0].lower() in YES | NO:
+            kept.append(flag if words.pop(0).lower() in YES else flag.replace("--", "--no-", 1))
+        elif flag in known or (flag not in TRANSLATED and why is None):
+            kept.append(word)
+        elif flag in TRANSLATED:
+            template = TRANSLATED[flag]
+            if "{}" in template and not equals:
+                value = words.pop(0) if words else ""
+            kept += [part.replace("{}", value) for part in template]
+        elif why is not None:
+            warnings.append(f"{flag} is ignored: {why.reason}")
+            if not equals:
+                _drop_values(words, why.takes_values, commands)
+    return kept, warnings
+
+
+def _is_number(word: str) -> bool:
+    return word.replace(".", "", 1).isdecimal()
+
+
+def _drop_values(words: list[str], most: int, commands: Collection[str]) -> None:
+    """Remove the values of a flag that was left out; the next flag or subcommand is none."""
+    for _ in range(1 if most == 1 else len(words) if most else 0):
+        if not words or words[0].startswith("--") or words[0] in commands:
+            return
+        words.pop(0)

@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING, Any
 from modules.chat.attachments import Attachments
 from modules.chat.places import open_place
 from modules.chat.templates import TemplateRenderer
-from modules.config import ROOT
 from modules.conversions import Conversions
 from modules.download.account import HubAccount
 from modules.download.jobs import Downloads
-from modules.engine_client import WorkerClient
 from modules.errors import AppError, ModelNotFound
 from modules.evaluate.jobs import EvaluationJobs
 from modules.evaluate.runner import Surroundings
@@ -25,6 +23,7 @@ from modules.generation import Runs
 from modules.installs import InstallManager
 from modules.library import LocalLibrary
 from modules.model_manager import ModelManager
+from modules.options import ROOT
 from modules.overlays import Overlays
 from modules.presets import Presets
 from modules.quantizations import Quantizations
@@ -36,6 +35,7 @@ from modules.remotes.watch import Remotes
 from modules.services import Services
 from modules.settings import ModelSettings, Settings
 from modules.shelf import Shelf
+from modules.worker_client import WorkerClient
 
 if TYPE_CHECKING:
     from collections.abc import Callable

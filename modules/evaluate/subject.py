@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modules.engine_client import WorkerClient
+from modules.worker_client import WorkerClient
 from modules.errors import LoadOutOfMemory
 from modules.load_options import complete_options
 from modules.plan.admission import need_of

@@ -19,7 +19,7 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modules.engine_client import ROOT, OnLog, WorkerClient
+from modules.worker_client import ROOT, OnLog, WorkerClient
 from modules.errors import BackendUnavailable, EngineDead, error_from_wire
 from modules.overlays import start_script
 from modules.ray_engine import launch

@@ -32,7 +32,7 @@ def look(root: str, python: str | None, path: str | None) -> dict[str, Any]:
                 stream.seek(max(size - (1 << 20), 1 << 20))
                 digest.update(stream.read())
     code = hashlib.sha256()
-    for name in ("engine_client.py", "protocol.py", "schema.py", "worker.py"):
+    for name in ("engine_client.py", "protocol.py", "schema.py", "worker.py", "worker_client.py"):
         try:
             with open(os.path.join(root, "modules", name), "rb") as stream:
                 code.update(stream.read())

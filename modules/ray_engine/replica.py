@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modules import protocol
-from modules.engine_client import WorkerClient
+from modules.worker_client import WorkerClient
 from modules.errors import AppError, EngineDead, ModelNotFound, ProtocolError
 from modules.overlays import Overlays
 from modules.ray_engine.launch import LOOPBACK, ROOT

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
-from modules.engine_client import WorkerClient
+from modules.worker_client import WorkerClient
 from modules.ray_engine.client import RayEngine
 from modules.ray_engine.settings import RaySettings
 from modules.registry import load_spec

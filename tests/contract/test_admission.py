@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from modules.engine_client import WorkerClient
+from modules.worker_client import WorkerClient
 from modules.errors import CannotFit
 from modules.events import EventBus
 from modules.library import LocalLibrary

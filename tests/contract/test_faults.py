@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from modules import engine_client
+from modules import worker_client
 from modules.errors import (
     AppError,
     CorruptModel,
@@ -102,12 +102,12 @@ def test_printf_is_no_garbage(echo: Bench) -> None:
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGSTOP is POSIX")
 def test_silence_or_deafness_is_death(echo: Bench, directive: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stopped process answers no ping; one that hangs in a token answers pings but not an abort."""
-    monkeypatch.setattr(engine_client, "PING_EVERY_S", 0.1)
-    monkeypatch.setattr(engine_client, "ABORT_GRACE_S", 0.5)
+    monkeypatch.setattr(worker_client, "PING_EVERY_S", 0.1)
+    monkeypatch.setattr(worker_client, "ABORT_GRACE_S", 0.5)
     echo.close()
     echo.client = echo.start()
     echo.load()
-    monkeypatch.setattr(engine_client, "SILENCE_S", 1.0)  # a load on a busy machine may take longer to answer
+    monkeypatch.setattr(worker_client, "SILENCE_S", 1.0)  # a load on a busy machine may take longer to answer
     pid = echo.client.pid
 
     async def generate() -> None:
@@ -194,7 +194,7 @@ def test_worker_ends_with_its_parent() -> None:
     """Kill -9 of the parent leaves no worker behind."""
     script = textwrap.dedent("""
         import asyncio, time
-        from modules.engine_client import WorkerClient
+        from modules.worker_client import WorkerClient
         from modules.overlays import Overlays
         from modules.registry import load_spec
         async def main():

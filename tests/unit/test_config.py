@@ -9,16 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from modules.config import (
-    COMMANDS,
-    Config,
-    loader_option_rows,
-    normalise,
-    parse,
-    parse_cmd_flags,
-    server_options,
-    split_command,
-)
+from modules.command_line import COMMANDS, normalise, parse, parse_cmd_flags, split_command
+from modules.config import Config, loader_option_rows, server_options
 from modules.errors import ConfigError
 from modules.foreign_flags import FOREIGN_FLAGS
 from modules.options import sample_file
@@ -263,7 +255,7 @@ def test_help_and_the_sample_file_print(tmp_path: Path) -> None:
 
 def test_the_command_line_is_read_without_heavy_imports() -> None:
     code = (
-        "import sys; from modules.config import parse; parse(['--listen-port', '1']); "
+        "import sys; from modules.command_line import parse; parse(['--listen-port', '1']); "
         "print(','.join(m for m in ('torch', 'gradio', 'fastapi', 'numpy', 'pydantic', 'asyncio') if m in sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from modules.config import parse
+from modules.command_line import parse
 from modules.errors import BackendUnavailable, InvalidParameter
 from modules.evaluate.bench import device_options
 from modules.evaluate.plan import Plan, SpeedPlan, Target, cross, parse_target

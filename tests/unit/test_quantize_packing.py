@@ -210,7 +210,7 @@ def test_command_line() -> None:
 
 
 def test_the_server_knows_the_subcommand() -> None:
-    from modules.config import parse
+    from modules.command_line import parse
 
     config = parse(["quantize", "wren-6m", "--group_size", "64", "--model-dir", "somewhere"], environ={})
     assert config.command == "quantize" and config.arguments is not None

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from modules.config import parse
+from modules.command_line import parse
 from modules.errors import BackendUnavailable, ConfigError, IncompatibleModel, ModelNotFound
 from modules.overlays import Overlays
 from modules.ray_engine.client import RayEngine

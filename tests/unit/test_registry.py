@@ -109,7 +109,10 @@ print(sorted(set(sys.modules) & heavy - {{"numpy"}}))  # Gradio brings numpy
     assert done.stdout.split("\n") == ["[]", "[]", ""]
 
 
-LAYERS = ["modules.schema", "modules.protocol", "modules.engine_client", "modules.model_manager", "modules.chat", "modules.api"]
+LAYERS = [
+    "modules.schema", "modules.protocol", "modules.engine_client", "modules.worker_client", "modules.model_manager",
+    "modules.chat", "modules.api",
+]  # fmt: skip
 
 
 def _imports(path: Path) -> Iterator[str]:
@@ -127,7 +130,7 @@ def _layer(name: str) -> int | None:
 
 
 def test_imports_point_downwards() -> None:
-    """ui and api -> chat -> model_manager -> engine_client -> protocol -> schema, never back."""
+    """ui and api -> chat -> model_manager -> worker_client -> engine_client -> protocol -> schema, never back."""
     for path in sorted((ROOT / "modules").rglob("*.py")):
         own = _layer(".".join(path.relative_to(ROOT).with_suffix("").parts))
         if own is None:

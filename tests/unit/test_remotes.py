@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from modules import reach
-from modules.config import Config, parse
+from modules.command_line import parse
+from modules.config import Config
 from modules.errors import ConfigError, Conflict, InvalidParameter, ModelNotFound, NotFound, RemoteError
 from modules.library import LocalLibrary
 from modules.remotes import cli
