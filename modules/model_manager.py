@@ -1,18 +1,16 @@
 """Which models are in memory, which one the chats use, and who may run on them now.
 
 Loads run one at a time. A switch loads the new model beside the old one when memory allows and removes the old one afterwards,
-so a refused or failed load leaves the old one serving; when memory is short the old one goes first. Requests wait in one fair
-queue per worker (`modules.residents`); a request that named a model is answered by that model or not at all.
+so a refused or failed load leaves the old one serving; when memory is short the old one goes first (`modules.room`). Requests wait
+in one fair queue per worker (`modules.residents`); a request that named a model is answered by that model or not at all.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import itertools
 import logging
-import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -30,12 +28,14 @@ from modules.errors import (
     error_from_wire,
 )
 from modules.events import EventBus, revision
+from modules.idle_unload import IdleUnload
 from modules.load_options import complete_options
-from modules.memory import available_bytes, process_bytes, total_bytes
-from modules.plan.admission import Need, need_of, refusal
+from modules.memory import available_bytes, total_bytes
 from modules.plan.machine import this_machine
 from modules.registry import select
 from modules.residents import Lease, OnPosition, Place, Resident, Ticket, WhenBusy, shown
+from modules.room import Room
+from modules.roster import Roster, State
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -53,10 +53,8 @@ RESTART_WINDOW_S = 60.0
 RESTART_DELAY_S = 1.0  # times the number of recent crashes; a request that comes earlier does not wait for it
 CANCEL_GRACE_S = 20.0  # longer than the client's own abort enforcement, which kills the worker
 PROGRESS_EVERY_S = 0.1
-FAILED_CARDS = 4
 
 SwitchPolicy = Literal["off", "ask", "on"]
-State = Literal["empty", "loading", "ready", "failed"]
 
 
 class StartWorker(Protocol):
@@ -93,67 +91,54 @@ class ModelManager:
         self._model_options = model_options or (lambda model, loader: {})
         self._model_loader = model_loader or (lambda model: None)
         self.switch_policy: SwitchPolicy = switch_policy
-        self.idle_timeout_s = idle_timeout_s
-        self.max_models = max_models
-        self._available = available
-        self._machine = machine or (lambda: this_machine(Path(), bandwidth=False))
         self.load_anyway = load_anyway
-        self._places: dict[str, Place] = {}
-        self._active_id: str | None = None
-        self._incoming: Place | None = None  # loading, to become the active one
-        self._recall: Place | None = None  # what idle unload put away
+        self._roster = Roster()
+        self.room = Room(
+            self._roster, self._specs, environment, self._remove,
+            available=available, machine=machine or (lambda: this_machine(Path(), bandwidth=False)), max_models=max_models,
+        )  # fmt: skip
+        self.idle = IdleUnload(self._roster, lambda place: self._begin_close(place, "finish"), idle_timeout_s)
         self._ids = itertools.count(1)
         self._arrivals = itertools.count()
         self._loading = asyncio.Lock()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._closed = False
         self._expecting: asyncio.Event | None = None
-        self._used_cache = (0.0, 0)
         self._publish_at = 0.0
         self._publish_timer: asyncio.TimerHandle | None = None
-        self._idle_task: asyncio.Task[None] | None = None
         self.approvals = Approvals(self._changed)
         self.on_active: Callable[[Resident], None] | None = None
 
     # --- what is there ----------------------------------------------------------------------------------------
 
     def residents(self) -> list[Resident]:
-        return [place.view() for place in self._places.values()]
+        return [place.view() for place in self._roster]
 
     def active(self) -> Resident | None:
         """What the chats use."""
-        place = self._places.get(self._active_id or "")
-        return place.view() if place is not None else None
+        return self._roster.active.view() if self._roster.active is not None else None
 
     def resident(self, resident_id: str) -> Resident:
-        return self._place(resident_id).view()
+        return self._roster.get(resident_id).view()
 
     def client(self, resident_id: str) -> EngineClient:
         """The worker behind a ready model, for what needs no place in the queue (encode, decode)."""
-        place = self._place(resident_id)
+        place = self._roster.get(resident_id)
         if place.client is None or place.state not in ("ready", "unloading"):
             raise NoModelLoaded(f"{place.model.id} is not ready.")
         return place.client
 
     def state(self) -> State:
         """empty, loading, ready or failed: what /health and the page's header say."""
-        states = {place.state for place in self._places.values()}
-        active = self._places.get(self._active_id or "")
-        if "ready" in states:
-            return "ready"
-        if "loading" in states or self._expecting is not None:
-            return "loading"
-        if (active is not None and active.state == "failed") or "failed" in states:
-            return "failed"
-        return "empty"
+        return self._roster.state(expecting=self._expecting is not None)
 
     def snapshot(self) -> dict[str, Any]:
         """Residents, the active one, memory and state: JSON-safe, for the page."""
         return {
             "residents": [shown(r) for r in self.residents()],
-            "active": self._active_id,
+            "active": self._roster.active.id if self._roster.active is not None else None,
             "asked": self.approvals.pending(),
-            "memory": {"total": total_bytes(), "available": self._available(), "process": self._used(max_age_s=2.0)},
+            "memory": {"total": total_bytes(), "available": self.room.available(), "process": self.room.used(max_age_s=2.0)},
             "state": self.state(),
             "revision": revision(),
         }
@@ -212,32 +197,33 @@ class ModelManager:
         saved = self._model_options(model.id, spec.name)
         complete = complete_options(spec, saved, options)
         self._check_open()
-        place = self._same(model, spec, complete, explicit=loader is not None or options is not None)
+        explicit = loader is not None or options is not None
+        place = self._roster.same(model.id, spec.name, complete if explicit else None)
         keep = True if when_busy == "beside" else keep_others
         if activate and keep is False:
             self._supersede(place)
         if place is None:
             place = Place(f"r{next(self._ids)}", model, spec, complete, self._changed)
             place.anyway = anyway or self.load_anyway
-            self._places[place.id] = place
+            self._roster.add(place)
             if not keep_cards:
-                self._forget_failed(model.id)
+                self._roster.forget_failed(model.id)
             place.load_task = self._spawn(self._run_load(place, keep, when_busy, activate))
             if activate:
-                self._incoming = place
+                self._roster.incoming = place
         elif activate:
             if place.state == "ready":
                 self._make_active(place)
                 if keep is False:
-                    self._remove_later([p for p in self._others(place) if p.state == "ready"], when_busy)
+                    self._remove_later(self._roster.ready(place), when_busy)
             else:
-                self._incoming = place
+                self._roster.incoming = place
         self._changed()
         return place.view()
 
     async def wait(self, resident_id: str) -> Resident:
         """Until this model is ready. Raises why it is not."""
-        place = self._place(resident_id)
+        place = self._roster.get(resident_id)
         if place.load_task is not None:
             await self._loaded(place)
         return place.view()
@@ -254,16 +240,16 @@ class ModelManager:
 
     def _supersede(self, place: Place | None) -> None:
         """The user chose another model while one was still loading to become the active one: that one is not wanted."""
-        old = self._incoming
+        old = self._roster.incoming
         if old is not None and old is not place and not old.was_ready and old.load_task is not None:
             old.load_task.cancel()
-            self._incoming = None
+            self._roster.incoming = None
 
     async def activate(self, resident_id: str) -> Resident:
         """Let the chats use this one."""
-        place = self._place(resident_id)
+        place = self._roster.get(resident_id)
         if place.state == "loading":
-            self._incoming = place
+            self._roster.incoming = place
         elif place.state != "ready":
             raise Conflict(f"{place.model.id} is not ready.", hint="Load it first.")
         else:
@@ -281,41 +267,41 @@ class ModelManager:
                 log.info("%s: not with its usual backend: %s", model.id, error)
         return select(model, self._specs.values(), self._environment, loader)
 
-    def _same(self, model: ModelFiles, spec: LoaderSpec, options: dict[str, Any], *, explicit: bool) -> Place | None:
-        for place in reversed(self._places.values()):
-            same_options = not explicit or (place.spec.name == spec.name and place.options == options)
-            if place.model.id == model.id and place.state in ("loading", "ready") and same_options:
-                return place
-        return None
-
     async def _run_load(self, place: Place, keep: bool | None, when_busy: WhenBusy, activate: bool) -> None:
         try:
             async with self._loading:
                 await asyncio.to_thread(self._library.check, place.model)
                 replaced = self._replaced(place, keep)
-                place.memory_before = self._used()
-                await self._admit(place, replaced, when_busy)
+                place.memory_before = self.room.used()
+                await self.room.admit(place, replaced, when_busy)
                 try:
                     await self._start(place)
                 except LoadOutOfMemory:
-                    victims = replaced or [p for p in self._others(place) if p.state == "ready"]
+                    victims = replaced or self._roster.ready(place)
                     if not victims:
                         raise
                     log.info("memory ran out loading %s: unloading the others and trying again", place.model.id)
                     for victim in victims:
-                        self._remember(victim)
+                        self._roster.put_away(victim)
                     await self._remove(victims, when_busy)
                     await self._start(place)
         except BaseException as error:
             self._load_failed(place, error)
             raise
-        if activate or self._incoming is place or (self._active_id is None and self._recall is None):
+        roster = self._roster
+        if activate or roster.incoming is place or (roster.active is None and roster.recall is None):
             self._make_active(place)
-        if self._incoming is place:
-            self._incoming = None
-        self._remove_later([p for p in replaced if p.id in self._places], when_busy)
+        if roster.incoming is place:
+            roster.incoming = None
+        self._remove_later([p for p in replaced if p in roster], when_busy)
         place.grant()
         self._changed()
+
+    def _replaced(self, place: Place, keep: bool | None) -> list[Place]:
+        if keep is True:
+            return []
+        ready = self._roster.ready(place)
+        return ready if keep is False else [p for p in ready if p.model.id == place.model.id]
 
     async def _start(self, place: Place) -> None:
         """Spawn, load, ready. Leaves no worker behind when it fails."""
@@ -341,84 +327,26 @@ class ModelManager:
         place.state, place.progress, place.was_ready = "ready", None, True
         place.loaded_at = place.last_used = time.time()
         place.memory_bytes = client.memory_bytes()
-        place.memory_after = self._used()
+        place.memory_after = self.room.used()
 
     def _load_failed(self, place: Place, error: BaseException) -> None:
-        if self._incoming is place:
-            self._incoming = None
+        roster = self._roster
+        if roster.incoming is place:
+            roster.incoming = None
         failure = error if isinstance(error, AppError) else None
         if isinstance(error, asyncio.CancelledError):
             failure = Conflict(f"Loading {place.model.id} was cancelled.", hint="Load it again when you need it.")
-            self._places.pop(place.id, None)
-            if self._active_id == place.id:
-                self._active_id = None
+            roster.drop(place)
         elif failure is None:
             log.error("loading %s failed", place.model.id, exc_info=error)
             failure = LoadError(f"Loading {place.model.id} failed: {type(error).__name__}.", hint="The log says more.")
         place.state, place.progress, place.error = "failed", None, failure.to_wire()
         place.dismiss(failure)
-        if place.id in self._places:
-            self._trim_failed()
-        if self._recall is not None and self._active_id is None and not self._closed:
+        if place in roster:
+            roster.trim_failed()
+        if roster.recall is not None and roster.active is None and not self._closed:
             self._spawn(self._recall_active())  # it had made room for this one
         self._changed()
-
-    # --- room -------------------------------------------------------------------------------------------------
-
-    def _others(self, place: Place) -> list[Place]:
-        return [p for p in self._places.values() if p is not place and p.state in ("ready", "loading", "unloading")]
-
-    def _replaced(self, place: Place, keep: bool | None) -> list[Place]:
-        if keep is True:
-            return []
-        ready = [p for p in self._others(place) if p.state == "ready"]
-        return ready if keep is False else [p for p in ready if p.model.id == place.model.id]
-
-    async def _admit(self, place: Place, replaced: list[Place], when_busy: WhenBusy) -> None:
-        """Refuse what this machine can't hold before anything is unloaded for it, then make room. Raises CannotFit."""
-        machine = dataclasses.replace(await asyncio.to_thread(self._machine), ram_available_bytes=self._available())
-        need = await asyncio.to_thread(need_of, place.model, place.spec, place.options, machine)
-        freed = sum(p.memory_bytes or 0 for p in self._others(place))
-        await self._refuse_hopeless(place, need, machine, freed)
-        await self._make_room(place, need, replaced, when_busy)
-        if freed and not any(p.state == "ready" for p in self._others(place)):  # what they gave back was a guess
-            machine = dataclasses.replace(machine, ram_available_bytes=self._available())
-            await self._refuse_hopeless(place, need, machine, 0)
-
-    async def _refuse_hopeless(self, place: Place, need: Need, machine: Machine, freed: int) -> None:
-        whole = dataclasses.replace(machine, ram_available_bytes=min(machine.ram_available_bytes + freed, machine.ram_bytes))
-        if not place.anyway and need.hopeless(whole):
-            raise await asyncio.to_thread(refusal, need, whole, self._specs.values(), self._environment)
-
-    def _fits(self, place: Place, need: Need) -> bool:
-        others = sum(p.state == "ready" for p in self._others(place))
-        return need.fits(self._available()) and not 0 < self.max_models <= others
-
-    async def _make_room(self, place: Place, need: Need, replaced: list[Place], when_busy: WhenBusy) -> None:
-        """Unload before loading only where memory is short: first what is to be replaced, then the least recently used."""
-        if replaced and not self._fits(place, need):
-            await self._remove(replaced, when_busy)
-        while not self._fits(place, need):
-            ready = [p for p in self._others(place) if p.state == "ready"]
-            if not ready:
-                return  # the loader has the last word on whether it fits
-            victim = min(ready, key=lambda p: (p.busy, p.last_used or 0.0))
-            log.info("unloading %s to make room for %s", victim.model.id, place.model.id)
-            self._remember(victim)
-            await self._remove([victim], when_busy)
-
-    def _remember(self, place: Place) -> None:
-        """The chats' model goes for now; their next request brings it back, rather than another model answering."""
-        if place.id == self._active_id:
-            self._recall = place
-            self._active_id = None
-
-    def _remove_later(self, places: list[Place], when_busy: WhenBusy) -> None:
-        for place in places:
-            self._begin_close(place, when_busy)
-
-    async def _remove(self, places: list[Place], when_busy: WhenBusy) -> None:
-        await asyncio.gather(*(asyncio.shield(self._begin_close(place, when_busy)) for place in places))
 
     # --- unload -----------------------------------------------------------------------------------------------
 
@@ -427,20 +355,28 @@ class ModelManager:
 
         Returns memory_before and memory_after: what the server and all its workers used, in bytes.
         """
-        place = self._place(resident_id or self._active_id or (self._incoming.id if self._incoming else ""))
-        before = self._used()
+        chosen = self._roster.active or self._roster.incoming
+        place = self._roster.get(resident_id or (chosen.id if chosen is not None else ""))
+        before = self.room.used()
         if place.state == "loading" and place.load_task is not None:
             place.load_task.cancel()
             await asyncio.wait([place.load_task])
         elif place.state == "failed":
-            self._drop(place)
+            self._roster.drop(place)
         else:
             gone = NoModelLoaded(f"{place.model.id} was unloaded while this request waited.", hint="Load it and send it again.")
             place.dismiss(gone)
             await asyncio.shield(self._begin_close(place, when_busy))
-        self._recall = None
+        self._roster.recall = None
         self._changed()
-        return {"memory_before": before, "memory_after": self._used()}
+        return {"memory_before": before, "memory_after": self.room.used()}
+
+    def _remove_later(self, places: list[Place], when_busy: WhenBusy) -> None:
+        for place in places:
+            self._begin_close(place, when_busy)
+
+    async def _remove(self, places: list[Place], when_busy: WhenBusy) -> None:
+        await asyncio.gather(*(asyncio.shield(self._begin_close(place, when_busy)) for place in places))
 
     def _begin_close(self, place: Place, when_busy: WhenBusy) -> asyncio.Task[None]:
         """Start to close, once; a later "cancel" hurries a close that waits for answers to finish."""
@@ -460,14 +396,8 @@ class ModelManager:
             place.client.on_death = None
             await place.client.close()
             place.client = None
-        self._drop(place)
+        self._roster.drop(place)
         self._changed()
-
-    def _drop(self, place: Place) -> None:
-        self._places.pop(place.id, None)
-        if self._active_id == place.id:
-            ready = [p for p in self._places.values() if p.state == "ready"]
-            self._active_id = ready[-1].id if ready else None
 
     # --- a worker died ----------------------------------------------------------------------------------------
 
@@ -487,7 +417,7 @@ class ModelManager:
 
     def _restart_unasked(self, place: Place) -> None:
         """A supervisor that asks /health sends no requests to a server it finds unwell."""
-        if place.state == "failed" and self._places.get(place.id) is place and not self._closed:
+        if place.state == "failed" and place in self._roster and not self._closed:
             with contextlib.suppress(AppError):  # crashed too often: the card says so
                 self._restart(place)
 
@@ -502,7 +432,7 @@ class ModelManager:
             raise error
         place.restarts.append(now)
         place.state = "loading"
-        place.load_task = self._spawn(self._run_load(place, True, "finish", place.id == self._active_id))
+        place.load_task = self._spawn(self._run_load(place, True, "finish", place is self._roster.active))
         self._changed()
 
     # --- leases -----------------------------------------------------------------------------------------------
@@ -543,7 +473,7 @@ class ModelManager:
     async def _resolve(self, model_id: str | None) -> Place:
         while True:
             self._check_open()
-            place = self._find(model_id)
+            place = self._roster.find(model_id)
             if place is None and model_id is not None:
                 place = await self._load_for_request(model_id)
             elif place is None:
@@ -556,24 +486,14 @@ class ModelManager:
                 await self._loaded(place)
             except AppError:
                 # A failed switch leaves the old model serving those who named none.
-                if model_id is not None or self._find(None) in (None, place):
+                if model_id is not None or self._roster.find(None) in (None, place):
                     raise
-
-    def _find(self, model_id: str | None) -> Place | None:
-        if model_id is None:
-            if self._incoming is not None:
-                return self._incoming
-            place = self._places.get(self._active_id or "")
-            return place if place is not None and place.state != "unloading" else None
-        order = {"ready": 0, "loading": 1, "failed": 2}
-        named = [p for p in self._places.values() if model_id in (p.model.id, p.id) and p.state in order]
-        return min(reversed(named), key=lambda p: order[p.state], default=None)
 
     async def _load_for_request(self, model_id: str) -> Place:
         if caller.current().background:  # two users of one machine would fight over its memory
             raise NoModelLoaded(f"{model_id} was unloaded.", hint="Load it again, then go on with the batch.")
         model = await asyncio.to_thread(self._library.find, model_id)
-        resident = self._find(model.id)  # a client may write the name another way
+        resident = self._roster.find(model.id)  # a client may write the name another way
         if resident is not None:
             return resident
         if model.problem:
@@ -582,128 +502,61 @@ class ModelManager:
             raise ModelNotFound(f"The model {model.id} is not loaded.", hint="Load it in the page, or use --model-switch on.")
         if self.switch_policy == "ask":
             await self.approvals.ask(model.id)
-            resident = self._find(model.id)  # the first of those who waited for the answer has begun to load it
+            resident = self._roster.find(model.id)  # the first of those who waited for the answer has begun to load it
             if resident is not None:
                 return resident
         loading = await self.begin_load(model.id, keep_others=None, activate=False)
-        return self._place(loading.id)
+        return self._roster.get(loading.id)
 
     async def _recall_active(self) -> Place:
-        if self._recall is None and self._expecting is not None:
+        if self._roster.recall is None and self._expecting is not None:
             await self._expecting.wait()
-            place = self._find(None)
+            place = self._roster.find(None)
             if place is not None:
                 return place
-        if self._recall is None:
-            failed = [p for p in self._places.values() if p.state == "failed" and p.error]
-            why = f" The last load failed: {failed[-1].error['message']}" if failed and failed[-1].error else ""
+        if self._roster.recall is None:
+            failure = self._roster.last_failure()
+            why = f" The last load failed: {failure['message']}" if failure else ""
             raise NoModelLoaded(f"No model is loaded.{why}", hint="Load one in the web page's model menu.")
-        old = self._recall
+        old = self._roster.recall
         resident = await self.begin_load(
             old.model.id, old.spec.name, old.options, keep_others=None, keep_cards=True, anyway=old.anyway
         )
-        return self._place(resident.id)
+        return self._roster.get(resident.id)
 
-    # --- idle unload, shutdown --------------------------------------------------------------------------------
-
-    def watch_idle(self) -> None:
-        """Start unloading models that nobody used for `idle_timeout_s` (0: never)."""
-        if self.idle_timeout_s > 0 and self._idle_task is None:
-            self._idle_task = self._spawn(self._idle_loop())
-
-    async def _idle_loop(self) -> None:
-        while True:
-            await asyncio.sleep(min(15.0, max(0.05, self.idle_timeout_s / 4)) if self.idle_timeout_s else 5.0)
-            self.unload_idle(time.time())
-
-    def keep_alive(self, resident_id: str, seconds: float) -> None:
-        """Unload this model after so many idle seconds, whatever --idle-timeout says: 0 once it is idle, infinity never."""
-        self._place(resident_id).keep_s = seconds
-        if seconds < 86400:
-            asyncio.get_running_loop().call_later(seconds + 0.1, self._unload_if_idle)
-        if self._idle_task is None:
-            self._idle_task = self._spawn(self._idle_loop())
-
-    def _unload_if_idle(self) -> None:
-        if not self._closed:
-            self.unload_idle(time.time())
-
-    def unload_due(self, resident_id: str) -> float:
-        """When this model goes if nobody uses it: seconds since the epoch, or infinity."""
-        place = self._place(resident_id)
-        keep = place.keep_s if place.keep_s is not None else self.idle_timeout_s or math.inf
-        return (place.last_used or time.time()) + keep
-
-    def unload_idle(self, now: float) -> None:
-        """Unload what has been idle; the next request for it loads it again."""
-        for place in list(self._places.values()):
-            if place.state == "ready" and not place.busy and now >= self.unload_due(place.id):
-                self._remember(place)
-                self._begin_close(place, "finish")
+    # --- shutdown ---------------------------------------------------------------------------------------------
 
     async def close(self) -> None:
         """End every load and worker; waits until the processes are gone."""
         self._closed = True
-        self._incoming = None
-        for place in list(self._places.values()):
+        self._roster.incoming = None
+        places = list(self._roster)
+        for place in places:
             place.dismiss(NoModelLoaded("The server is shutting down."))
             place.cancel_all()
-        if self._idle_task is not None:
-            self._idle_task.cancel()
-        loads = [p.load_task for p in self._places.values() if p.load_task is not None]
+        self.idle.close()
+        loads = [p.load_task for p in places if p.load_task is not None]
         for task in loads:
             task.cancel()
-        places = list(self._places.values())
         closing = [self._begin_close(p, "finish") for p in places if p.client is not None and p.state != "loading"]
         for place in places:
             place.abandon()
         if pending := {*loads, *closing}:
             await asyncio.wait(pending)
-        self._places.clear()
-        self._active_id = None
+        self._roster.clear()
         if self._publish_timer is not None:
             self._publish_timer.cancel()
 
     # --- small things -----------------------------------------------------------------------------------------
 
-    def _place(self, resident_id: str) -> Place:
-        place = self._places.get(resident_id) or self._find(resident_id)
-        if place is None:
-            raise NoModelLoaded("No model is loaded." if not resident_id else "That model is not loaded.", hint="Load one first.")
-        return place
-
     def _make_active(self, place: Place) -> None:
-        self._active_id = place.id
-        self._recall = None
+        self._roster.active, self._roster.recall = place, None
         if self.on_active is not None:
             self.on_active(place.view())
 
     def _check_open(self) -> None:
         if self._closed:
             raise NoModelLoaded("The server is shutting down.")
-
-    def _forget_failed(self, model_id: str) -> None:
-        """A new attempt replaces the card of the failed one."""
-        for place in [p for p in self._places.values() if p.state == "failed" and p.model.id == model_id]:
-            self._drop(place)
-
-    def _trim_failed(self) -> None:
-        failed = [p for p in self._places.values() if p.state == "failed" and p.id != self._active_id]
-        for place in failed[:-FAILED_CARDS]:
-            self._drop(place)
-
-    def _used(self, max_age_s: float = 0.0) -> int:
-        """Memory of the server and all its workers. Walking the process tree takes milliseconds, hence the age."""
-        now = time.monotonic()
-        if max_age_s and now - self._used_cache[0] < max_age_s:
-            return self._used_cache[1]
-        total = process_bytes()
-        for place in self._places.values():
-            if place.client is not None:
-                place.memory_bytes = place.client.memory_bytes()
-                total += place.memory_bytes or 0
-        self._used_cache = (now, total)
-        return total
 
     def _spawn(self, coroutine: Any) -> asyncio.Task[Any]:
         task = asyncio.get_running_loop().create_task(coroutine)

@@ -136,7 +136,7 @@ async def running(services: Services) -> AsyncIterator[None]:
         if services.batches is not None:
             await services.batches.start_up()
         services.manager.on_active = lambda resident: _remember(services, resident, background)
-        services.manager.watch_idle()
+        services.manager.idle.watch()
         _keep(background, services.remotes.watch())
         _keep(background, services.templates.warm())
         if not services.config.no_model:

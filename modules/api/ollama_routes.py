@@ -291,11 +291,11 @@ def _keep(services: Services, name: str, seconds: float | None) -> None:
         return
     for resident in services.manager.residents():
         if resident.model.id == name and resident.state == "ready":
-            services.manager.keep_alive(resident.id, seconds)
+            services.manager.idle.keep_alive(resident.id, seconds)
 
 
 def _running(services: Services, resident: Resident) -> dict[str, Any]:
-    until = services.manager.unload_due(resident.id)
+    until = services.manager.idle.due(resident.id)
     far = time.time() + 100 * 365 * 86400.0
     info = resident.info
     on_cpu = info is None or not any(device.startswith(("cuda", "gpu")) for device in map(str.lower, info.device_map))

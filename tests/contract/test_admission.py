@@ -113,7 +113,7 @@ def test_what_unloading_others_gives_back_is_no_refusal(overlays: Overlays) -> N
         def free() -> int:
             return GB if not rig.manager.residents() or rig.manager.residents()[0].model.id != "echo" else busy[0]
 
-        rig.manager._available = free
+        rig.manager.room.available = free
         resident = await rig.manager.load(MODEL, "llamacpp", {"ctx_size": 512})
         assert resident.state == "ready" and [r.model.id for r in rig.manager.residents()] == [MODEL]
 

@@ -182,7 +182,7 @@ async def test_three_clients_three_models_each_gets_its_own(rig: Rig) -> None:
 
 async def test_short_memory_evicts_the_least_recently_used_and_no_answer_is_wrong() -> None:
     rig = Rig(size=100 << 20)
-    rig.manager._available = lambda: (900 << 20) - 420 * (1 << 20) * len(rig.host.alive)  # room for two
+    rig.manager.room.available = lambda: (900 << 20) - 420 * (1 << 20) * len(rig.host.alive)  # room for two
     try:
         answers = await asyncio.gather(*(rig.ask(name, f"{name}{n}") for n in range(3) for name in "abc"))
         assert answers == [f"{name}0 {name}1 {name}2 " for _ in range(3) for name in "abc"]
@@ -195,7 +195,7 @@ async def test_short_memory_evicts_the_least_recently_used_and_no_answer_is_wron
 async def test_the_chats_model_comes_back_after_it_made_room() -> None:
     rig = Rig(size=100 << 20)
     await rig.manager.load("a")
-    rig.manager._available = lambda: (900 << 20) - 800 * (1 << 20) * len(rig.host.alive)  # room for one
+    rig.manager.room.available = lambda: (900 << 20) - 800 * (1 << 20) * len(rig.host.alive)  # room for one
     try:
         assert await rig.ask("b") == "b0 b1 b2 "
         assert rig.host.alive == ["b"]
@@ -394,10 +394,10 @@ async def test_at_most_three_restarts_in_a_minute(rig: Rig) -> None:
 
 async def test_idle_unload_and_recall(rig: Rig) -> None:
     await rig.manager.load("a")
-    rig.manager.idle_timeout_s = 60
-    rig.manager.unload_idle(time.time() + 59)
+    rig.manager.idle.timeout_s = 60
+    rig.manager.idle.sweep(time.time() + 59)
     assert rig.manager.state() == "ready"
-    rig.manager.unload_idle(time.time() + 61)
+    rig.manager.idle.sweep(time.time() + 61)
     await settle()
     assert (rig.host.alive, rig.manager.state()) == ([], "empty")
     assert await rig.ask(None) == "a0 a1 a2 "
