@@ -163,3 +163,24 @@ def gguf_bytes(
         out += text(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape) + struct.pack("<IQ", kind, at)
         at += -(-size // alignment) * alignment
     return out + bytes(-len(out) % alignment) + bytes(at)
+
+
+def lora_folder(folder: Path) -> Path:
+    folder.mkdir()
+    write_json(folder / "adapter_config.json", {"peft_type": "LORA", "base_model_name_or_path": "owner/base", "r": 8})
+    (folder / "adapter_model.safetensors").write_bytes(safetensors_bytes({"base.q_proj.lora_A.weight": ("F32", (8, 16))}))
+    return folder
+
+
+def sharded(folder: Path, weight_map: dict[str, str] | None = None) -> Path:
+    hf_folder(folder)
+    (folder / "model.safetensors").unlink()
+    tensors = list(llama_tensors().items())
+    parts = [dict(tensors[:9]), dict(tensors[9:])]
+    found = {}
+    for number, part in enumerate(parts, 1):
+        name = f"model-{number:05d}-of-00002.safetensors"
+        (folder / name).write_bytes(safetensors_bytes(part))
+        found |= dict.fromkeys(part, name)
+    write_json(folder / "model.safetensors.index.json", {"weight_map": {**found, **(weight_map or {})}})
+    return folder

@@ -1,4 +1,4 @@
-"""Conversion: the parts by themselves, with a stand-in child, and the real thing where the environments are there."""
+"""Conversion: the parts by themselves, and its steps with a stand-in for the children."""
 
 from __future__ import annotations
 
@@ -6,16 +6,11 @@ import argparse
 import array
 import asyncio
 import errno
-import io
-import json
 import os
-import pickle
 import shutil
 import struct
 import subprocess
 import sys
-import tarfile
-import time
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +24,7 @@ from modules.convert.children.imatrix import read_imatrix
 from modules.convert.children.tokenizer_rules import merge_scores, plain_byte_level
 from modules.convert.cli import add_parser, run
 from modules.convert.gguf_types import estimated_bytes, gguf_type
-from modules.convert.library import ConverterError, converter_dir, has_converter, install_converter, unpack_converter
+from modules.convert.library import ConverterError, converter_dir, has_converter, install_converter
 from modules.convert.process import run_child
 from modules.detect import check, list_models
 from modules.errors import (
@@ -39,7 +34,6 @@ from modules.errors import (
     IncompatibleModel,
     InvalidParameter,
     LoadError,
-    LoadOutOfMemory,
     StorageFull,
     UnsafeModel,
 )
@@ -126,153 +120,6 @@ def test_scores_follow_the_merges() -> None:
     scores = merge_scores({"model": {"merges": ["a b", ["ab", "c"], "x y"]}})
     assert scores == {"ab": 0.0, "abc": -1.0, "xy": -2.0}
     assert merge_scores({}) == {}
-
-
-# --- the converter from the source distribution ----------------------------------------------------------------
-
-
-def sdist(path: Path, extra: dict[str, bytes] | None = None, version: str = "1.0") -> Path:
-    root = f"llama_cpp_python-{version}/vendor/llama.cpp/"
-    files = {
-        root + "convert_hf_to_gguf.py": b"print('converter')",
-        root + "conversion/__init__.py": b"",
-        root + "gguf-py/gguf/__init__.py": b"",
-        root + "LICENSE": b"MIT",
-        root + "ggml/src/ggml.c": b"int x;",
-        **(extra or {}),
-    }
-    archive = path / f"llama_cpp_python-{version}.tar.gz"
-    with tarfile.open(archive, "w:gz") as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-        link = tarfile.TarInfo(root + "conversion/evil.py")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        tar.addfile(link)
-    return archive
-
-
-def test_only_the_converters_files_are_unpacked(tmp_path: Path) -> None:
-    archive = sdist(tmp_path, {"llama_cpp_python-1.0/vendor/llama.cpp/conversion/../../../../../evil.py": b"x", "/evil.py": b"x"})
-    env = tmp_path / "env ü"
-    assert not has_converter(env, "1.0")
-    folder = install_converter(env, Path(sys.executable), sdist_dir=tmp_path, version="1.0")
-    assert folder == converter_dir(env)
-    assert sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()) == [
-        "LICENSE", "VERSION", "conversion/__init__.py", "convert_hf_to_gguf.py", "gguf-py/gguf/__init__.py"
-    ]  # fmt: skip
-    assert has_converter(env, "1.0")
-    assert not has_converter(env, "2.0")
-    assert not list(tmp_path.rglob("evil.py"))
-    archive.unlink()
-    assert install_converter(env, Path("no python needed"), version="1.0") == folder
-
-
-def test_a_newer_version_replaces_the_old(tmp_path: Path) -> None:
-    install_converter(tmp_path / "env", Path(sys.executable), sdist_dir=tmp_path, version=sdist(tmp_path).name[17:20])
-    sdist(tmp_path, version="2.0")
-    install_converter(tmp_path / "env", Path(sys.executable), sdist_dir=tmp_path, version="2.0")
-    assert has_converter(tmp_path / "env", "2.0")
-
-
-def test_a_torn_or_foreign_archive_leaves_nothing(tmp_path: Path) -> None:
-    whole = sdist(tmp_path).read_bytes()
-    for data in (whole[: len(whole) // 2], b"no archive", b""):
-        (tmp_path / "x.tar.gz").write_bytes(data)
-        with pytest.raises(ConverterError):
-            unpack_converter(tmp_path / "x.tar.gz", tmp_path / "env", "1.0")
-    assert not converter_dir(tmp_path / "env").exists()
-    assert not list((tmp_path / "env").rglob("*.part"))
-
-
-def test_a_failing_pip_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ConverterError, match=r"could not be fetched: .*Check the network"):
-        install_converter(tmp_path / "env", Path(sys.executable), sdist_dir=tmp_path / "none", version="0.0.0.dev0+absent")
-
-
-# --- child processes -------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def child(tmp_path: Path) -> Any:
-    """Run a snippet as the child; its first lines give it a Report."""
-
-    def run(code: str, on_progress: Any = ignore) -> Any:
-        (tmp_path / "snippet.py").write_text(
-            f"import sys, os, time, signal\nsys.path.insert(0, {str(Path.cwd())!r})\n"
-            f"from modules.convert.children.report import Report\nreport = Report()\n{code}",
-            encoding="utf-8",
-        )
-        return run_child(Path(sys.executable), "snippet", [], dict(os.environ), tmp_path, on_progress)
-
-    return run
-
-
-def test_a_childs_messages_arrive_whatever_is_printed(child: Any) -> None:
-    seen: list[LoadProgress] = []
-    code = (
-        "print('{\"error\": 1}')\nos.system('echo noise')\nreport.stage('Work', 0.5)\nreport.note('n')\n"
-        "report.stage('Work', 1.0)\nreport.done(path='x')"
-    )
-    result, notes = asyncio.run(child(code, seen.append))
-    assert (result, notes) == ({"path": "x"}, ["n"])
-    assert seen[0] == LoadProgress("Work", 0.5)
-    assert seen[-1].fraction == 1.0
-
-
-@pytest.mark.parametrize(
-    ("code", "error", "message"),
-    [
-        (
-            "from modules.errors import IncompatibleModel\nreport.error(IncompatibleModel('no', hint='do this'))",
-            IncompatibleModel,
-            "no do this",
-        ),
-        ("raise RuntimeError('boom')", LoadError, "boom"),
-        ("sys.exit(0)", LoadError, "exit status 0"),
-        ("os._exit(3)", LoadError, "exit status 3"),
-        ("raise MemoryError", LoadOutOfMemory, "out of memory"),
-        ("os.kill(os.getpid(), signal.SIGKILL)", LoadOutOfMemory, "out of memory"),
-        ("os.write(report._fd, b'garbage\\n')\ntime.sleep(60)", LoadError, "no message"),
-    ],
-)
-def test_every_end_of_a_child_is_a_typed_error(child: Any, code: str, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
-        asyncio.run(child(code))
-
-
-@pytest.mark.skipif(os.name != "posix", reason="process groups are POSIX")
-def test_cancelling_ends_the_child_and_its_children(child: Any, tmp_path: Path) -> None:
-    code = (
-        "import subprocess\n"
-        "p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
-        "open('pids', 'w').write(f'{os.getpid()} {p.pid}')\nreport.stage('x')\ntime.sleep(60)"
-    )
-
-    async def cancel() -> None:
-        task = asyncio.create_task(child(code))
-        while not (tmp_path / "pids").exists() or " " not in (tmp_path / "pids").read_text(encoding="utf-8"):
-            await asyncio.sleep(0.02)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-
-    asyncio.run(cancel())
-    pids = [int(pid) for pid in (tmp_path / "pids").read_text(encoding="utf-8").split()]
-    deadline = time.monotonic() + 5
-    while any(_runs(pid) for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not any(_runs(pid) for pid in pids)
-
-
-def _runs(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    state = Path(f"/proc/{pid}/stat")
-    return not (state.exists() and ") Z " in state.read_text(encoding="utf-8", errors="replace"))
 
 
 # --- the steps, with a stand-in for the children ---------------------------------------------------------------
@@ -493,59 +340,6 @@ def test_what_is_no_pickle_is_not_opened(tmp_path: Path) -> None:
         asyncio.run(convert_pickle(folder, ignore, allow_pickle=True, overlays=FakeOverlays(tmp_path)))
 
 
-@pytest.mark.parametrize(
-    "attempt",
-    [
-        "open('canary', 'w')",
-        "os.open('canary', os.O_CREAT | os.O_WRONLY)",
-        "os.system('touch canary')",
-        "import subprocess; subprocess.run(['touch', 'canary'])",
-        "import socket; socket.create_connection(('127.0.0.1', 9))",
-        "os.rename('snippet.py', 'canary')",
-        "import ctypes; ctypes.CDLL('libc.so.6')",
-    ],
-)
-def test_the_fence_ends_whatever_does_more_than_read(child: Any, tmp_path: Path, attempt: str) -> None:
-    code = (
-        "from modules.convert.children.pickle_to_safetensors import _fence\n_fence(report)\n"
-        f"try:\n    {attempt}\nexcept BaseException:\n    pass\nreport.done()"
-    )
-    with pytest.raises(UnsafeModel, match="more than load weights"):
-        asyncio.run(child(code))
-    assert not (tmp_path / "canary").exists()
-
-
-@pytest.mark.slow
-def test_a_pickle_with_code_stays_refused(real: Overlays, tmp_path: Path) -> None:
-    canary = tmp_path / "canary"
-    path = tmp_path / "m.bin"
-    path.write_bytes(pickle.dumps(Canary(canary), protocol=2))
-    with pytest.raises((UnsafeModel, CorruptModel)):
-        asyncio.run(convert_pickle(path, ignore, allow_pickle=True, overlays=real))
-    assert [p.name for p in tmp_path.iterdir()] == ["m.bin"]
-
-
-class Canary:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (os.mkdir, (str(self.path),))
-
-
-@pytest.mark.slow
-@pytest.mark.shared
-def test_a_real_pickle_becomes_safetensors(real: Overlays, shared: Path, tmp_path: Path) -> None:
-    source = shared / "models" / "tiny-rwkv" / "converted-tiny-rwkv-5v2-730K.pth"
-    done = asyncio.run(convert_pickle(source, ignore, allow_pickle=True, out=tmp_path / "r.safetensors", overlays=real))
-    files = check(done.path)
-    assert (files.format, files.architecture, files.vocab_size) == ("rwkv", "rwkv5", 256)
-    with pytest.raises(Conflict):
-        asyncio.run(convert_pickle(source, ignore, allow_pickle=True, out=done.path, overlays=real))
-
-
 # --- importance matrices ---------------------------------------------------------------------------------------
 
 
@@ -578,105 +372,3 @@ def test_a_broken_importance_matrix(tmp_path: Path, data: bytes) -> None:
     path.write_bytes(data)
     with pytest.raises(CorruptModel):
         read_imatrix(path)
-
-
-# --- the real thing --------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def real(overlays: Overlays) -> Overlays:
-    """The environments, or a skip that says which part is missing."""
-    if not overlays.complete("transformers") or not has_converter(overlays.env_dir("transformers")):
-        pytest.skip("needs the Transformers environment with llama.cpp's converter")
-    if not overlays.has_module("llamacpp", "llama_cpp"):
-        pytest.skip("needs llama-cpp-python")
-    return overlays
-
-
-GREEDY_LLAMA = """
-import sys, llama_cpp
-model = llama_cpp.Llama(sys.argv[1], n_ctx=256, n_threads=1, verbose=False)
-ids = model.tokenize(sys.argv[2].encode(), special=True, add_bos=sys.argv[3] == "bos")
-print(model.create_completion(ids, max_tokens=32, temperature=0)["choices"][0]["text"])
-"""
-GREEDY_HF = """
-import sys, torch, transformers
-tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
-model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.float32)
-ids = tokenizer(sys.argv[2], return_tensors="pt", add_special_tokens=sys.argv[3] == "bos")["input_ids"]
-out = model.generate(ids, max_new_tokens=32, do_sample=False)
-print(tokenizer.decode(out[0][ids.shape[1]:], skip_special_tokens=True))
-"""
-
-
-def greedy(overlays: Overlays, overlay: str, script: str, *arguments: str) -> str:
-    """Greedy text by the library itself, in its own environment."""
-    command = [str(overlays.python(overlay)), "-X", "utf8", "-c", script, *arguments]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=240,
-        env=overlays.worker_env(overlay),
-        cwd=overlays.set_dir,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.strip()
-
-
-@pytest.fixture
-def bundled(root: Path) -> Path:
-    """The bundled model's safetensors folder."""
-    found = next((model for model in list_models([root / "models"]) if model.bundled and model.format == "hf"), None)
-    if found is None:
-        pytest.skip("needs the bundled model's safetensors")
-    return Path(found.path)
-
-
-@pytest.mark.slow
-def test_the_smallest_types_need_an_importance_matrix(real: Overlays, bundled: Path, tmp_path: Path) -> None:
-    with pytest.raises(IncompatibleModel, match="importance matrix"):
-        asyncio.run(convert(ConvertJob(bundled, "IQ2_XXS", out=tmp_path / "b.gguf"), ignore, real))
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "exact"), [("F32", True), ("Q8_0", False), ("Q4_0", False), ("Q4_K_M", False)])
-def test_the_bundled_model_says_the_same_as_gguf(real: Overlays, bundled: Path, tmp_path: Path, kind: str, exact: bool) -> None:
-    stages: list[LoadProgress] = []
-    out = tmp_path / f"wrén {kind}.gguf"
-    done = asyncio.run(convert(ConvertJob(bundled, kind, out=out), stages.append, real))
-    assert check(done.path).quantization.method == kind  # type: ignore[union-attr]
-    assert stages[-1].fraction == 1.0
-    prompt = "<|im_start|>user\nHello! Who are you? 1234 äé 🚀<|im_end|>\n<|im_start|>assistant\n"
-    said = greedy(real, "llamacpp", GREEDY_LLAMA, str(out), prompt, "plain")
-    if exact:
-        assert said == greedy(real, "transformers", GREEDY_HF, str(bundled), prompt, "plain")
-    assert len(said) > 5
-
-
-@pytest.mark.slow
-@pytest.mark.shared
-def test_a_sentencepiece_like_model_says_the_same_as_gguf(real: Overlays, shared: Path, tmp_path: Path) -> None:
-    folder = shared / "models" / "stories260K"
-    out = tmp_path / "s.gguf"
-    asyncio.run(convert(ConvertJob(folder / "hf", "F32", out=out), ignore, real))
-    expected = greedy(real, "llamacpp", GREEDY_LLAMA, str(folder / "stories260K-f32.gguf"), "Once upon a time", "bos")
-    assert "Lily" in expected
-    assert greedy(real, "llamacpp", GREEDY_LLAMA, str(out), "Once upon a time", "bos") == expected
-    assert greedy(real, "transformers", GREEDY_HF, str(folder / "hf"), "Once upon a time", "bos") == expected
-
-
-@pytest.mark.slow
-@pytest.mark.shared
-def test_what_the_library_refuses_is_explained(real: Overlays, shared: Path, tmp_path: Path) -> None:
-    source = shared / "models" / "stories260K" / "hf"
-    unknown = tmp_path / "unknown"
-    shutil.copytree(source, unknown, copy_function=shutil.copyfile)
-    unknown.chmod(0o755)
-    config = json.loads((unknown / "config.json").read_text(encoding="utf-8"))
-    write_json(unknown / "config.json", {**config, "architectures": ["NoSuchForCausalLM"], "model_type": "nosuch"})
-    with pytest.raises(IncompatibleModel, match="NoSuchForCausalLM"):
-        asyncio.run(convert(ConvertJob(unknown, "F16", out=tmp_path / "a.gguf"), ignore, real))
-    assert [path.name for path in tmp_path.iterdir()] == ["unknown"]
