@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import quantize_lab as lab  # noqa: E402
+import models_lab as lab  # noqa: E402
 
 from modules.convert.children import hf_to_gguf  # noqa: E402
 from modules.convert.gptq import exact_type  # noqa: E402

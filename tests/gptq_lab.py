@@ -13,7 +13,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-import quantize_lab  # noqa: E402
+import models_lab  # noqa: E402
 import torch  # noqa: E402
 
 from loaders import _gptq_build, _gptq_choose, _gptq_cpu, _gptq_decoder, _gptq_load  # noqa: E402
@@ -157,15 +157,15 @@ def families(folder: Path) -> Any:
     """Logits of the compiled kernels against the dequantised reference, for every architecture; who runs the blocks."""
     results = {}
     ids = torch.arange(40)[None] * 7 % 250
-    for number, (name, config) in enumerate(quantize_lab.configs().items()):
+    for number, (name, config) in enumerate(models_lab.configs().items()):
         base, out = folder / name, folder / f"{name}-gptq"
-        quantize_lab.make_model(base, config)
-        quantize_lab.quantize(base, out, bits=4, group_size=32, method="rtn", desc_act=False, sym=number % 2 == 0)
+        models_lab.make_model(base, config)
+        models_lab.quantize(base, out, bits=4, group_size=32, method="rtn", desc_act=False, sym=number % 2 == 0)
         with torch.inference_mode():
-            wanted = quantize_lab.reference(base, out)(ids).logits
+            wanted = models_lab.reference(base, out)(ids).logits
             row: dict[str, Any] = {}
             for kernel in ("exact", "int8"):
-                model = quantize_lab.run_checkpoint(out, kernel).model
+                model = models_lab.run_checkpoint(out, kernel).model
                 kinds = sorted({module.kernel for module in model.modules() if isinstance(module, GptqLinear)})
                 error = float((model(ids).logits - wanted).abs().max() / wanted.std())
                 problem = _gptq_decoder.match(model)
@@ -180,12 +180,12 @@ def decoder(folder: Path) -> Any:
     from loaders._gptq_decoder import Decoder, DecoderRunner, make_runner
     from loaders._hf_generate import HfRunner
 
-    config = quantize_lab.configs()["llama"]
+    config = models_lab.configs()["llama"]
     config.max_position_embeddings = 700
     base, out = folder / "llama", folder / "llama-gptq"
-    quantize_lab.make_model(base, config)
-    quantize_lab.quantize(base, out, bits=3, group_size=32, method="rtn")
-    loaded = quantize_lab.run_checkpoint(out, "exact")
+    models_lab.make_model(base, config)
+    models_lab.quantize(base, out, bits=3, group_size=32, method="rtn")
+    loaded = models_lab.run_checkpoint(out, "exact")
     runner = make_runner(loaded, 512)
     plain = HfRunner(loaded, 512)
     ids = [i * 7 % 250 for i in range(400)]
@@ -255,5 +255,4 @@ def from_tensors(folder: Path) -> Any:
 EXPERIMENTS = {item.__name__: item for item in (products, saturated, trial, no_kernel, families, decoder, from_tensors)}
 
 if __name__ == "__main__":
-    quantize_lab.EXPERIMENTS = EXPERIMENTS
-    quantize_lab.main(sys.argv[1])
+    models_lab.serve(EXPERIMENTS, sys.argv[1])

@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import quantize_lab as lab  # noqa: E402
+import models_lab as lab  # noqa: E402
 
 
 def main(folder: str, cases: str) -> None:

@@ -240,7 +240,7 @@ def test_broken_checkpoints_are_refused(lab: Lab) -> None:
 def make_base(overlays: Overlays, folder: Path, layers: int = 2) -> Path:
     if not overlays.has_module("transformers", "transformers"):
         pytest.skip("the Transformers environment is not installed")
-    script = "import sys; sys.path[:0] = ['.', 'tests']; import quantize_lab as q; from pathlib import Path\n"
+    script = "import sys; sys.path[:0] = ['.', 'tests']; import models_lab as q; from pathlib import Path\n"
     script += "c = q.configs()['llama']; c.num_hidden_layers = int(sys.argv[2]); q.make_model(Path(sys.argv[1]), c)"
     subprocess.run(
         [str(overlays.python("transformers")), "-c", script, str(folder), str(layers)],
