@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from loaders import _hf_load
 from loaders._exllama_nets import Net, V2Net, V3Net
 from loaders._hf_text import TextCodec
+from loaders._lora import adapters, lora_weights
 from loaders.exllama import refusal
 from modules.detect import check
-from modules.errors import AppError, BackendUnavailable, CorruptModel, IncompatibleModel, InvalidParameter, LoadError
+from modules.errors import AppError, BackendUnavailable, CorruptModel, IncompatibleModel, InvalidParameter, LoadError, one_line
 from modules.schema import LoadProgress, ModelFiles, ModelInfo
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def check_options(package: str, options: dict[str, Any]) -> None:
             if options[name] != neutral:
                 raise InvalidParameter(f"exllamav3 has no {name}.", hint="Leave it out for EXL3 models.", param=name)
     parse_split(options["gpu_split"])
-    _hf_load.lora_weights(options["lora_weights"], len(options["lora"]))
+    lora_weights(options["lora_weights"], len(options["lora"]))
 
 
 def parse_split(text: str) -> list[float] | None:
@@ -138,7 +139,7 @@ def why_no_import(package: str, error: Exception, cuda: str | None) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name == package:
         return f"{package} is not installed."
     missing = [tool for tool in ("nvcc", "cl" if sys.platform == "win32" else "g++") if shutil.which(tool) is None]
-    text = _hf_load.one_line(error)
+    text = one_line(error)
     if missing or "CUDA_HOME" in text:
         return f"{package}'s CUDA kernels can't be compiled: {' and '.join(missing) or 'CUDA_HOME'} not found."
     return f"{package} can't be started with torch's CUDA {cuda}: {text}."
@@ -181,11 +182,7 @@ def _load_v2(folder: Path, size: int, options: dict[str, Any], on_module: Callab
     else:
         cache = kind(model, max_seq_len=size, lazy=True)
         model.load_autosplit(cache, callback=on_module)
-    weights = _hf_load.lora_weights(options["lora_weights"], len(options["lora"]))
-    loras = [
-        ex.ExLlamaV2Lora.from_directory(model, str(adapter_folder(path)), weight)
-        for path, weight in zip(options["lora"], weights, strict=True)
-    ]
+    loras = [ex.ExLlamaV2Lora.from_directory(model, str(folder), weight) for folder, weight in adapters_of(options)]
     return V2Net(model, cache, loras, config.max_input_len, vocab_size)
 
 
@@ -207,33 +204,28 @@ def _load_v3(folder: Path, size: int, options: dict[str, Any], on_module: Callab
         max_output_size=chunk,
         callback=on_module,
     )
-    weights = _hf_load.lora_weights(options["lora_weights"], len(options["lora"]))
-    if options["lora"]:
+    for folder, weight in adapters_of(options):
         from exllamav3.model.lora import LoRA
 
-        for path, weight in zip(options["lora"], weights, strict=True):
-            LoRA.from_directory(model, str(adapter_folder(path)), weight)
+        LoRA.from_directory(model, str(folder), weight)
     return V3Net(model, cache, pages, chunk, vocab_size)
 
 
-def adapter_folder(path: str) -> Path:
-    """A PEFT folder without a pickle that the packages would take first. Raises CorruptModel."""
-    folder = Path(path)
-    if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():
-        raise CorruptModel(
-            f"{folder.name} is no LoRA adapter.", hint="It needs adapter_config.json and adapter_model.safetensors."
-        )
-    if (folder / "adapter_model.bin").exists():
-        raise CorruptModel(
-            f"{folder.name} holds the adapter as a pickle, too, which exllamav2 would read first.",
-            hint="Remove adapter_model.bin; the safetensors file beside it holds the same.",
-        )
-    return folder
+def adapters_of(options: dict[str, Any]) -> list[tuple[Path, float]]:
+    """Folders and weights, without a pickle that the packages would take first. Raises CorruptModel."""
+    found = adapters(options)
+    for folder, _ in found:
+        if (folder / "adapter_model.bin").exists():
+            raise CorruptModel(
+                f"{folder.name} holds the adapter as a pickle, too, which exllamav2 would read first.",
+                hint="Remove adapter_model.bin; the safetensors file beside it holds the same.",
+            )
+    return found
 
 
 def typed(error: Exception, config: dict[str, Any], package: str) -> AppError:
     """The product's error for what the packages raise while loading."""
-    text = _hf_load.one_line(error)
+    text = one_line(error)
     if "Insufficient VRAM" in text or "insufficient VRAM" in text or "Insufficient space" in text:
         error = MemoryError(text)
     name = (config.get("architectures") or ["unknown"])[0]
@@ -262,7 +254,7 @@ class FileTokenizer:
         try:
             self.backend_tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises bare Exception
-            reason = _hf_load.one_line(error)
+            reason = one_line(error)
             raise CorruptModel(f"tokenizer.json can't be read: {reason}.", hint="Fetch the file again.") from error
         settings = _json(folder / "tokenizer_config.json")
         special = _json(folder / "special_tokens_map.json")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from loaders._estimate import FLOAT32_SHARE
 from loaders._hf_text import TextCodec
 from loaders._hf_vision import Vision, open_vision
+from loaders._lora import put_over
 from loaders._process import memory_given_back
 from modules.detect.config_keys import CONFIG_FILES, refuse_code
 from modules.errors import (
@@ -25,6 +26,7 @@ from modules.errors import (
     LoadOutOfMemory,
     UnsafeModel,
     is_out_of_memory,
+    one_line,
 )
 from modules.schema import LoadProgress, ModelInfo, Quantization
 
@@ -124,7 +126,7 @@ def load(path: str, options: dict[str, Any], progress: Progress) -> Loaded:
             transformers.utils.logging.set_tqdm_hook(previous)
         check_report(report)
         model.eval()
-        model, notes = _with_adapters(model, options, progress)
+        model, notes = put_over(model, options, progress)
     if "past_key_values" not in _forward_parameters(model):
         raise IncompatibleModel(
             f"{type(model).__name__} keeps its state in a form this loader does not run.",
@@ -296,64 +298,6 @@ def _progress_hook(progress: Progress) -> Callable[[Any, tuple[Any, ...], dict[s
     return hook
 
 
-# --- LoRA ------------------------------------------------------------------------------------------------------
-
-
-def lora_weights(text: str, count: int) -> list[float]:
-    """One weight per adapter from "1,0.5"; 1 each when empty."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    try:
-        weights = [float(part) for part in parts] or [1.0] * count
-    except ValueError:
-        raise InvalidParameter(f"lora_weights {text!r} are no numbers.", param="lora_weights") from None
-    if len(weights) != count:
-        raise InvalidParameter(f"There are {count} adapters and {len(weights)} weights.", param="lora_weights")
-    return weights
-
-
-def _with_adapters(model: Any, options: dict[str, Any], progress: Progress) -> tuple[Any, list[str]]:
-    """The model with its adapters: merged into full-precision weights, beside quantised ones."""
-    paths = list(options["lora"])
-    if not paths:
-        return model, []
-    weights = lora_weights(options["lora_weights"], len(paths))
-    from peft import PeftModel
-    from peft.tuners.lora import LoraLayer
-
-    names = []
-    for number, path in enumerate(paths):
-        progress(LoadProgress(f"Reading adapter {Path(path).name}"))
-        folder = Path(path)
-        if not (folder / "adapter_model.safetensors").is_file() or not (folder / "adapter_config.json").is_file():
-            raise CorruptModel(
-                f"{folder.name} is no LoRA adapter.", hint="It needs adapter_config.json and adapter_model.safetensors."
-            )
-        name = f"adapter{number}"
-        names.append(name)
-        try:
-            if number == 0:
-                model = PeftModel.from_pretrained(model, path, adapter_name=name)
-            else:
-                model.load_adapter(path, adapter_name=name)
-        except AppError:
-            raise
-        except Exception as error:
-            raise IncompatibleModel(
-                f"The adapter {folder.name} does not fit this model: {one_line(error)}.",
-                hint="An adapter works with the base model it was trained on.",
-            ) from error
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            for name, weight in zip(names, weights, strict=True):
-                if name in module.scaling:
-                    module.set_scale(name, weight)
-    model.base_model.set_adapter(names)
-    notes = [f"LoRA {Path(path).name} at {weight:g}" for path, weight in zip(paths, weights, strict=True)]
-    if options["load_in_8bit"] or options["load_in_4bit"]:
-        return model.get_base_model(), notes  # merging into quantised weights would round the adapter away
-    return model.merge_and_unload(), notes
-
-
 # --- what was loaded -------------------------------------------------------------------------------------------
 
 
@@ -468,8 +412,3 @@ def typed(error: Exception, config: dict[str, Any], what: str) -> AppError:
     if "okenizer" in what:
         return CorruptModel(f"{what}: {text}.", hint="Get tokenizer.json again from where the model came from.")
     return LoadError(f"Transformers could not load the model: {text}.", hint="The log has the details.")
-
-
-def one_line(error: BaseException) -> str:
-    """What an exception says, in one line of bounded length."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:400].rstrip(".")

@@ -338,3 +338,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 def says_out_of_memory(text: str) -> bool:
     """Whether a message or a log tells of memory that ran out."""
     return any(words in text for words in _OUT_OF_MEMORY)
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, in one line of bounded length, without the full stop at its end."""
+    return (" ".join(str(error).split()) or type(error).__name__)[:400].rstrip(".")

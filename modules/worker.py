@@ -30,6 +30,7 @@ from modules.errors import (
     LoadOutOfMemory,
     ProtocolError,
     is_out_of_memory,
+    one_line,
 )
 from modules.registry import engine_class, load_spec
 from modules.schema import ChatInput, Done, Event, GenerationRequest, PrefillProgress, TokenEvent, from_wire, to_wire
@@ -156,7 +157,7 @@ class Worker:
             self._send_error(
                 LoadOutOfMemory("This machine's memory is too small for the model.", hint=_SMALLER)
                 if is_out_of_memory(error)
-                else LoadError(f"{self._engine.spec.title} could not load the model: {_one_line(error)}.")
+                else LoadError(f"{self._engine.spec.title} could not load the model: {one_line(error)}.")
             )
         else:
             self._slots = info.slots or self._engine.spec.slots
@@ -172,7 +173,7 @@ class Worker:
             failure = (
                 GenerateOutOfMemory("The machine's memory ran out in the middle of the answer.", hint=_SMALLER)
                 if is_out_of_memory(error)
-                else GenerationFailed(f"{self._engine.spec.title} failed: {_one_line(error)}.", hint="Try again.")
+                else GenerationFailed(f"{self._engine.spec.title} failed: {one_line(error)}.", hint="Try again.")
             )
         self._send_error(failure, request_id=request_id)
 
@@ -212,7 +213,7 @@ class Worker:
             self._send_error(error, call_id=call_id)
         except Exception as error:
             traceback.print_exc()
-            self._send_error(EngineError(f"{method} failed: {_one_line(error)}."), call_id=call_id)
+            self._send_error(EngineError(f"{method} failed: {one_line(error)}."), call_id=call_id)
         else:
             self.send({"type": "result", "call_id": call_id, "value": to_wire(value)})
 
@@ -234,11 +235,6 @@ def _event_frame(event: Event) -> protocol.Message:
         return frame
     kind = {PrefillProgress: "prefill", Done: "done"}[type(event)]
     return {"type": kind, **to_wire(event)}
-
-
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text[:500].rstrip(".")
 
 
 def _leave_with_group() -> None:

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any, TextIO
 
-from modules.errors import AppError, EngineError, InvalidParameter
+from modules.errors import AppError, EngineError, InvalidParameter, one_line
 
 MAX_NEW_TOKENS = 256
 
@@ -156,7 +156,6 @@ def _numbers(values: dict[str, Any]) -> dict[str, float]:
 
 
 def _typed(error: Exception) -> AppError:
-    text = " ".join(str(error).split())
     names = {type(part).__name__ for part in _chain(error)}
     if names & {
         "OfflineModeIsEnabled",
@@ -166,11 +165,11 @@ def _typed(error: Exception) -> AppError:
         "FileNotFoundError",
     }:
         return InvalidParameter(
-            f"The data of a task are not here: {text[:300]}.",
+            f"The data of a task are not here: {one_line(error)}.",
             hint="Fetch them once with --fetch-tasks, or give a task of your own whose data_files are local.",
             param="tasks",
         )
-    return EngineError(f"lm-evaluation-harness failed: {text[:400] or type(error).__name__}.", hint="See the log.")
+    return EngineError(f"lm-evaluation-harness failed: {one_line(error)}.", hint="See the log.")
 
 
 def _chain(error: BaseException | None) -> Sequence[BaseException]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import errno
 
-from modules.errors import AppError, LoadError, LoadOutOfMemory, StorageError, StorageFull, is_out_of_memory
+from modules.errors import AppError, LoadError, LoadOutOfMemory, StorageError, StorageFull, is_out_of_memory, one_line
 
 
 def typed(error: Exception) -> AppError:
     """The product's error for what Python and torch raise."""
-    text = " ".join(str(error).split())
     if is_out_of_memory(error):
         return LoadOutOfMemory(
             "The memory ran out.",
@@ -23,4 +22,4 @@ def typed(error: Exception) -> AppError:
         return StorageError(
             f"A file could not be read or written: {error.strerror or error}.", hint="Check disk and permissions."
         )
-    return LoadError(f"Quantising failed: {text[:400] or type(error).__name__}.", hint="Report it with the log if it stays.")
+    return LoadError(f"Quantising failed: {one_line(error)}.", hint="Report it with the log if it stays.")

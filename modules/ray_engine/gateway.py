@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from modules import protocol
-from modules.errors import AppError, EngineDead, LoadError, ProtocolError, error_from_wire
+from modules.errors import AppError, EngineDead, LoadError, ProtocolError, error_from_wire, one_line
 from modules.overlays import Overlays
 from modules.ray_engine.deploy import ROUTER_S, Deployment, connect
 from modules.ray_engine.launch import ROOT
@@ -123,7 +123,7 @@ class Gateway:
             self._send_error(error)
         except Exception as error:
             logging.getLogger(__name__).exception("deploying failed")
-            self._send_error(LoadError(f"Ray Serve did not deploy the model: {_one_line(error)}.", hint="The log says more."))
+            self._send_error(LoadError(f"Ray Serve did not deploy the model: {one_line(error)}.", hint="The log says more."))
         else:
             self._loaded = True
             self._send({"type": "loaded", "info": self._deployment.whole(info)})
@@ -138,7 +138,7 @@ class Gateway:
                 for note in await self._deployment.notes():
                     self._note(note)
         except Exception as error:
-            self._end_with(f"Ray ended: {_one_line(error)}")
+            self._end_with(f"Ray ended: {one_line(error)}")
 
     def _note(self, note: dict[str, Any]) -> None:
         kind, replica = note["kind"], note["replica"]
@@ -254,7 +254,7 @@ class Gateway:
             try:
                 state = await asyncio.wait_for(self._deployment.state(), SILENCE_S)
             except Exception as error:
-                self._end_with(f"the Ray cluster does not answer any more: {_one_line(error)}")
+                self._end_with(f"the Ray cluster does not answer any more: {one_line(error)}")
                 return
             if state in ("DEPLOY_FAILED", "NOT_STARTED", "gone"):
                 why = f": {self._last_failure}" if self._last_failure is not None else ""
@@ -272,11 +272,9 @@ def _death(error: Exception) -> str:
     """Ray's word for it, short."""
     from ray.exceptions import RayActorError
 
-    return "its process ended, or its node is lost" if isinstance(error, RayActorError) else _one_line(error)
+    return "its process ended, or its node is lost" if isinstance(error, RayActorError) else one_line(error)
 
 
-def _one_line(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:300].rstrip(".")
 
 
 def main() -> None:

@@ -15,7 +15,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from modules.errors import AppError, BackendUnavailable
+from modules.errors import AppError, BackendUnavailable, one_line
 from modules.ray_engine.reach import check_reachable, explain_connect
 from modules.worker import _take_over_stdout
 
@@ -84,7 +84,7 @@ def _start(wanted: dict[str, Any], folder: Path) -> Any:
     try:
         return LocalNode(parameters, head=True, shutdown_at_exit=False, spawn_reaper=True)
     except Exception as error:
-        raise BackendUnavailable(f"Ray did not start: {_one_line(error)}.", hint="Run the server with --verbose.") from error
+        raise BackendUnavailable(f"Ray did not start: {one_line(error)}.", hint="Run the server with --verbose.") from error
 
 
 def _join(wanted: dict[str, Any], folder: Path) -> Any:
@@ -115,8 +115,6 @@ def _join(wanted: dict[str, Any], folder: Path) -> Any:
         raise explain_connect(wanted["address"], error) from error
 
 
-def _one_line(error: Exception) -> str:
-    return (" ".join(str(error).split()) or type(error).__name__)[:400].rstrip(".")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from loaders import _exllama_load as load_module
-from loaders._exllama_load import adapter_folder, check_options, context_size, package_for, parse_split, typed, why_no_import
+from loaders._exllama_load import adapters_of, check_options, context_size, package_for, parse_split, typed, why_no_import
 from loaders._exllama_nets import Net, Session, V2Net, V3Net
 from loaders.exllama import SPEC, ExllamaEngine, refusal
 from modules import sampling
@@ -433,9 +433,9 @@ def test_v2_adapters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert net._loras == [(net._model, str(tmp_path), 0.5)]
     (tmp_path / "adapter_model.bin").write_bytes(b"")
     with pytest.raises(CorruptModel, match="pickle"):
-        adapter_folder(str(tmp_path))
+        adapters_of({"lora": [str(tmp_path)], "lora_weights": ""})
     with pytest.raises(CorruptModel, match="no LoRA adapter"):
-        adapter_folder(str(tmp_path / "none"))
+        adapters_of({"lora": [str(tmp_path / "none")], "lora_weights": ""})
 
 
 def test_v3_cache_in_pages_and_bits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from loaders import _hf_load
 from loaders._hf_contrast import MOST_CANDIDATES, settings
+from loaders._lora import lora_weights
 from loaders.transformers import SPEC, TransformersEngine
 from modules import sampling
 from modules.errors import CorruptModel, IncompatibleModel, InvalidParameter, LoadError, LoadOutOfMemory, UnsafeModel
@@ -88,11 +89,11 @@ def test_memory_limits_are_numbers() -> None:
 
 
 def test_lora_weights() -> None:
-    assert _hf_load.lora_weights("", 2) == [1.0, 1.0]
-    assert _hf_load.lora_weights("1, 0.5", 2) == [1.0, 0.5]
+    assert lora_weights("", 2) == [1.0, 1.0]
+    assert lora_weights("1, 0.5", 2) == [1.0, 0.5]
     for bad in ("1", "1,2,3", "one,two"):
         with pytest.raises(InvalidParameter):
-            _hf_load.lora_weights(bad, 2)
+            lora_weights(bad, 2)
 
 
 @pytest.fixture
