@@ -59,7 +59,7 @@ class Engine(ABC):
 
         With `spec.slots` > 1 the worker steps several of these iterators in turn, in the one compute thread.
         Raises ContextLengthExceeded, GenerationFailed or GenerateOutOfMemory; the engine is usable afterwards.
-        Helpers that every loader shares: modules.stopping.StopMatcher, modules.detokenize.Detokenizer.
+        Helpers that every loader shares: modules.assemble.TokenAssembler, modules.grammar.Grammars.
         """
 
     @abstractmethod

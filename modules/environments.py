@@ -44,7 +44,6 @@ from modules.pip_output import Cancelled, PipProgress, SetupError, explain, is_r
 from modules.sets import set_lock
 from modules.site_packages import broken_packages, installed_packages
 
-MINIMUM_PYTHON = (3, 10)
 TORCH_ATTEMPT = ("--retries", "1", "--timeout", "20")
 
 

@@ -126,7 +126,7 @@ class MethodNotAllowed(RequestError):
 
 
 class Conflict(RequestError):
-    """A write was based on an old revision; `detail` carries the current one."""
+    """It does not go with how things stand now. Of a write that was based on an old revision `detail` carries the current one."""
 
     code = "conflict"
     http_status = 409

@@ -353,7 +353,7 @@ class WorkerClient(EngineClient):
             raise EngineDead("The model was unloaded.", hint="Load it again.")
 
     async def _watch(self) -> None:
-        """Ping; kill a worker that stays silent. C3 and C4 of the fault catalogue: stopped, or stuck holding the GIL.
+        """Ping; kill a worker that stays silent: it is stopped, or stuck in code that holds the interpreter's lock.
 
         Counts unanswered pings, not time: a laptop that slept, or a busy event loop, must not look like a dead worker.
         """

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from modules.errors import AppError, ConfigError, StorageError, StorageFull, StorageReadOnly
+from modules.errors import ConfigError, StorageError, StorageFull, StorageReadOnly
 
 
 class _StrictLoader(yaml.SafeLoader):  # type: ignore[misc] # yaml is opaque to mypy here
@@ -85,10 +85,6 @@ def keep_bad(path: Path) -> str:
     except OSError as error:
         return f"could not be copied to {target.name} ({error.strerror})"
     return f"was copied to {target.name}"
-
-
-def reason_of(error: Exception) -> str:
-    return error.message if isinstance(error, AppError) else str(error)
 
 
 def _mode(path: Path) -> int:

@@ -15,11 +15,15 @@ from models_lab import CONTEXT, TEXT, configs, error_of, make_model, quantize, r
 
 from loaders import _gptq_linear as kernels
 from loaders._gptq_tensors import Unpacked
-from modules.quantize._gptq import quantize_gptq, quantize_rtn
+from modules.quantize._gptq import QuantizedLayer, quantize_group, quantize_rtn
 from modules.quantize.settings import QuantizeSettings
 
 
 # --- one layer -------------------------------------------------------------------------------------------------
+
+
+def quantize_gptq(weight: torch.Tensor, hessian: torch.Tensor, settings: QuantizeSettings) -> QuantizedLayer:
+    return quantize_group([weight], hessian, settings)[0]
 
 
 def layers(folder: Path) -> Any:

@@ -33,7 +33,6 @@ CPP_VERSION = "1.86"  # the KoboldCpp whose API this is
 DEFAULT_LENGTH = 512
 # KoboldCpp's own defaults of what its clients leave out.
 DEFAULTS = {"temperature": 0.75, "top_k": 100, "top_p": 0.92}
-_SETTINGS_ELSEWHERE = "is set where the model is loaded."
 NO_EFFECT = {
     "max_context_length": "",
     "rep_pen_slope": "has no effect here.",

@@ -9,7 +9,6 @@ sniff.py                the kind of a single file       examine.py      a path t
 safetensors_header.py   gguf_header.py  ggml_types.py   the two header formats, checked strictly
 hf_folder.py            config.json and what belongs to it: weights.py, quantized.py, shapes.py, tokenizer.py, config_keys.py
 gguf_model.py  rwkv.py  flexgen.py                      the other formats
-generation_config.py    a model's own sampling defaults, cleaned
 remembered.py           what headers said, kept over a restart
 """
 

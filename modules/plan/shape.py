@@ -16,7 +16,7 @@ from modules.detect.draft import folder_files, integer, read_json
 from modules.detect.gguf_header import GgufHeader, GgufTensor, read_gguf_header
 from modules.detect.gguf_model import shard_paths
 from modules.detect.rwkv import rwkv_shape
-from modules.detect.safetensors_header import DTYPE_BITS, Tensor, shown
+from modules.detect.safetensors_header import Tensor, shown
 from modules.detect.weights import find_weights, read_safetensors, read_weights
 from modules.errors import CorruptModel
 from modules.plan.types import Shape
@@ -344,9 +344,3 @@ def _gguf_cache(tensors: Mapping[str, GgufTensor], key: Any, heads: int, hidden:
     if key("ssm.state_size") or key("wkv.head_size"):
         return 0, 0, ""
     return 0, 0, "the file does not show the size of its attention cache"
-
-
-def bits_of(stored: Mapping[str, int]) -> int:
-    """Bits of the number format that most of the weights are stored in (safetensors)."""
-    most = max(stored, key=lambda name: stored[name], default="F32")
-    return DTYPE_BITS.get(most, 16)

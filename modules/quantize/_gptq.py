@@ -70,11 +70,6 @@ def quantize_rtn(weight: Tensor, settings: QuantizeSettings) -> QuantizedLayer:
     return layer
 
 
-def quantize_gptq(weight: Tensor, hessian: Tensor, settings: QuantizeSettings) -> QuantizedLayer:
-    """One layer: `quantize_group` of it alone."""
-    return quantize_group([weight], hessian, settings)[0]
-
-
 def quantize_group(weights: list[Tensor], hessian: Tensor, settings: QuantizeSettings) -> list[QuantizedLayer]:
     """Quantise layers `weights` [in, out_i] that are given the same inputs, so that their outputs change little.
 

@@ -9,8 +9,6 @@ from typing import Any
 
 from modules.errors import BackendUnavailable, IncompatibleModel, ModelNotFound
 
-SAMPLE_BYTES = 1 << 20
-
 
 def look(root: str, python: str | None, path: str | None) -> dict[str, Any]:
     """What is at these paths here: "code", "python", "model" (each file's size and a hash over its name, size, first and last

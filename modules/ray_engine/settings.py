@@ -12,7 +12,6 @@ from modules.errors import ConfigError
 if TYPE_CHECKING:
     from modules.config import Config
 
-ROUTING = ("prefix", "least-loaded", "power-of-two")
 _ADDRESS = re.compile(r"[A-Za-z0-9._\-\[\]:]+:\d{1,5}")
 
 

@@ -1,4 +1,4 @@
-"""Detection by content: why a folder or file can't be loaded (catalogue B3, B4, B7, B10, B11, B13)."""
+"""Detection by content: why a folder or file can't be loaded (catalogue B3, B4, B7, B10, B11)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from modules.detect import check, inspect
-from modules.detect.generation_config import generation_defaults
 from modules.errors import AppError, CorruptModel, IncompatibleModel, ModelNotFound, UnknownFormat, UnsafeModel
 from tests.unit.model_files import LLAMA, Shapes, hf_folder, llama_tensors, lora_folder, sharded, tokenizer_json, write_json
 
@@ -258,7 +257,7 @@ def test_a_configuration_that_is_no_json_object(tmp_path: Path, text: str) -> No
         check(folder)
 
 
-# --- tokenizer and generation settings -------------------------------------------------------------------------
+# --- tokenizer -------------------------------------------------------------------------------------------------
 
 
 def test_a_missing_tokenizer(tmp_path: Path) -> None:
@@ -302,21 +301,3 @@ def test_two_added_tokens_of_one_id(tmp_path: Path) -> None:
     write_json(folder / "tokenizer.json", tokenizer)
     with pytest.raises(CorruptModel, match="id 0 to two"):
         check(folder)
-
-
-def test_generation_defaults_are_cleaned_with_a_warning(tmp_path: Path) -> None:
-    assert generation_defaults(tmp_path) == ({}, [])
-    (tmp_path / "generation_config.json").write_text(
-        '{"temperature": NaN, "top_p": 0.9, "top_k": 1.5, "max_length": 0, "eos_token_id": [-1, 2], "bos_token_id": 7,'
-        ' "do_sample": true, "repetition_penalty": Infinity, "min_p": true}',
-        encoding="utf-8",
-    )
-    values, warnings = generation_defaults(tmp_path, vocab_size=5)
-    assert values == {"top_p": 0.9, "eos_token_id": [2], "do_sample": True}
-    assert [name for name in ("temperature", "top_k", "max_length", "eos_token_id", "bos_token_id", "repetition_penalty", "min_p")
-            if any(name in warning for warning in warnings)] == [
-        "temperature", "top_k", "max_length", "eos_token_id", "bos_token_id", "repetition_penalty", "min_p"]  # fmt: skip
-    (tmp_path / "generation_config.json").write_text("{", encoding="utf-8")
-    values, warnings = generation_defaults(tmp_path)
-    assert values == {}
-    assert len(warnings) == 1
