@@ -5,6 +5,7 @@ cli.py         server.py convert
 library.py     puts llama.cpp's converter into the Transformers environment
 process.py     a step in a child process    children/    what runs there
 gguf_types.py  the names of the types
+gptq.py        which type holds a GPTQ checkpoint as it is
 flexgen.py     an OPT -> FlexGen's arrays
 unpickle.py    pickled weights -> safetensors, in a fenced process, when their owner allows it
 """

@@ -6,9 +6,10 @@ list_models(dirs)       every model under some folders
 find_model(name, dirs)  one of them
 
 sniff.py                the kind of a single file       examine.py      a path to its examiner
+draft.py                what an examiner has learned    listing.py      the models under some folders
 safetensors_header.py   gguf_header.py  ggml_types.py   the two header formats, checked strictly
 hf_folder.py            config.json and what belongs to it: weights.py, quantized.py, shapes.py, tokenizer.py, config_keys.py
-gguf_model.py  rwkv.py  flexgen.py                      the other formats
+gguf_model.py  rwkv.py  flexgen.py  opt.py              the other formats
 remembered.py           what headers said, kept over a restart
 """
 

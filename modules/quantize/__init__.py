@@ -2,7 +2,7 @@
 
 settings.py      what can be asked for, checked              cli.py       server.py quantize
 process.py       quantize(job, on_event): the child process  child.py     what runs there
-provenance.py    how a checkpoint was made, read back
+provenance.py    how a checkpoint was made, read back        layout.py    what each packed layer of a file holds
 
 In the child, with torch:
 _calibration.py  text -> token windows        _tree.py    decoder blocks and linear layers, from the module tree

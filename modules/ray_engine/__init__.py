@@ -4,4 +4,8 @@
             └─ client.RayEngine ─ node.py: the local Ray, or our place in a cluster              └─frames─▶ modules.worker
 
 gateway, node, replica and router run in the `ray` environment; a replica's own worker runs in its backend's environment.
+
+settings  what --engine ray was told        launch   the variables of everything that speaks to Ray
+reach     whether a cluster can be used     nodes    what each of its nodes must have
+deploy    one model as a Serve application  routing  what the router remembers
 """

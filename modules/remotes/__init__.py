@@ -1,1 +1,6 @@
-"""Other servers as backends: the addresses the operator saved, the connection to one, and what is known of each now."""
+"""Other servers as backends: the addresses the operator saved, the connection to one, and what is known of each now.
+
+store   the saved servers           address, connection   where a name may lead, and HTTP to it
+watch   what is known of each now   listing               a server's model list, read with care
+cli     server.py remote
+"""

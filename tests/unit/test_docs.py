@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import ast
+import fnmatch
 import importlib.util
 import re
 from pathlib import Path
@@ -40,3 +42,22 @@ LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)")
 def test_links_lead_somewhere(path: Path) -> None:
     for target in LINK.findall(path.read_text(encoding="utf-8")):
         assert (path.parent / target).exists(), f"{path.name} links to {target}, which is not there"
+
+
+PACKAGES = sorted(path.parent for path in (ROOT / "modules").glob("*/__init__.py"))
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda p: p.name)
+def test_a_package_says_what_its_files_are(package: Path) -> None:
+    text = ast.get_docstring(ast.parse((package / "__init__.py").read_text(encoding="utf-8"))) or ""
+    named = re.findall(r"\*?\w[\w*]*", text)
+    files = [path.stem for path in package.glob("*.py") if path.stem != "__init__"]
+    assert [name for name in files if not any(fnmatch.fnmatch(name, pattern) for pattern in named)] == []
+
+
+def test_the_developers_map_is_true() -> None:
+    text = (ROOT / "README-dev.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"(?<![\w/.])(?:modules|loaders|docs|benchmarks)/[\w/.]*\w", text))
+    gone = {name for name in named if name != "loaders/NAME.py" and not list(ROOT.glob(f"{name}*"))}
+    assert gone == set()
+    assert [package.name for package in PACKAGES if f"modules/{package.name}" not in named] == []
