@@ -22,13 +22,13 @@ from typing import Any
 from common import ROOT, Overlays, report
 
 from modules.detect import inspect
-from modules.worker_client import WorkerClient
 from modules.load_options import complete_options
 from modules.plan.admission import need_of
 from modules.plan.machine import measure_bandwidth, this_machine
 from modules.plan.planner import tokens_per_second
 from modules.registry import discover
 from modules.schema import GenerationRequest, StopParams, TokenEvent
+from modules.worker_client import WorkerClient
 
 ANSWER = 12
 MB = 1_000_000

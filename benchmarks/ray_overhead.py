@@ -13,17 +13,19 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common import ROOT, report
 
-from modules.engine_client import EngineClient
-from modules.worker_client import WorkerClient
 from modules.overlays import Overlays
 from modules.ray_engine.client import RayEngine
 from modules.ray_engine.settings import RaySettings
 from modules.registry import load_spec
 from modules.schema import GenerationRequest, StopParams, TokenEvent
+from modules.worker_client import WorkerClient
+
+if TYPE_CHECKING:
+    from modules.engine_client import EngineClient
 
 RATE = 50
 SPEC = load_spec("echo")

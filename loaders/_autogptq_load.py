@@ -236,9 +236,7 @@ def runs_through(package: Package) -> str:
     return f"GPTQModel {version}"
 
 
-def _describe(
-    parts: _hf_load.Parts, packed: Packed, package: Package, used: Counter[str], device: torch.device
-) -> ModelInfo:
+def _describe(parts: _hf_load.Parts, packed: Packed, package: Package, used: Counter[str], device: torch.device) -> ModelInfo:
     notes = []
     if package == "gptqmodel":
         notes.append("Read by GPTQModel, auto-gptq's successor: auto-gptq has no wheel for this Python or machine.")

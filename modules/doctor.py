@@ -222,9 +222,9 @@ async def _smoke(row: Row, spec: LoaderSpec, overlays: Overlays, config: Config,
 
 
 async def _generate(row: Row, spec: LoaderSpec, overlays: Overlays, config: Config, path: str) -> str | None:
-    from modules.worker_client import WorkerClient
     from modules.load_options import complete_options
     from modules.schema import Done, GenerationRequest, StopParams
+    from modules.worker_client import WorkerClient
 
     client = await WorkerClient.start(spec, overlays)
     try:

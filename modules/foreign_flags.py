@@ -138,8 +138,8 @@ FOREIGN_FLAGS: dict[str, ForeignFlag] = {
 
 
 def adopt(line: Sequence[str], known: set[str], commands: Collection[str]) -> tuple[list[str], list[str]]:
-    """The line with text-generation-webui's flags turned into ours where they mean the same; the others are left out, with one line
-    of warning for each. `known` are our flags, `commands` our subcommands, which are no flag's value."""
+    """The line with text-generation-webui's flags turned into ours where they mean the same; the others are left out, with one
+    line of warning for each. `known` are our flags, `commands` our subcommands, which are no flag's value."""
     kept: list[str] = []
     warnings: list[str] = []
     words = list(line)

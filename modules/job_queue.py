@@ -65,7 +65,7 @@ class JobQueue:
 
 
 def failure(error: Exception, doing: str) -> dict[str, Any]:
-    """The wire form of what ended a job, for its card: of the details only how its process ended. What is no AppError is logged."""
+    """The wire form of what ended a job, for its card; of the details only how its process ended. Logs what is no AppError."""
     if not isinstance(error, AppError):
         log.error("%s failed", doing, exc_info=error)
         error = AppError(f"{doing} failed: {error}.", hint="See the log.")

@@ -1,8 +1,8 @@
 """Which models are in memory, which one the chats use, and who may run on them now.
 
 Loads run one at a time. A switch loads the new model beside the old one when memory allows and removes the old one afterwards,
-so a refused or failed load leaves the old one serving; when memory is short the old one goes first (`modules.room`). Requests wait
-in one fair queue per worker (`modules.residents`); a request that named a model is answered by that model or not at all.
+so a refused or failed load leaves the old one serving; when memory is short the old one goes first (`modules.room`). Requests
+wait in one fair queue per worker (`modules.residents`); a request that named a model is answered by that model or not at all.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ State = Literal["empty", "loading", "ready", "failed"]
 
 
 class Roster:
-    """`active` is what the chats use; `incoming` is loading, to become it; `recall` made room, and comes back when it is asked for."""
+    """`active` is what the chats use; `incoming` is loading to become it; `recall` was put away and comes back when asked for."""
 
     def __init__(self) -> None:
         self._places: dict[str, Place] = {}

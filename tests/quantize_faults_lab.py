@@ -269,4 +269,7 @@ def damaged(folder: Path) -> Any:
         "cut": cut,
         "pickle": pickle,
     }
-    return {"reads": reads, "bad": {name: error_of(lambda path=path: run_checkpoint(path, "dense")) for name, path in bad.items()}}
+    return {
+        "reads": reads,
+        "bad": {name: error_of(lambda path=path: run_checkpoint(path, "dense")) for name, path in bad.items()},
+    }

@@ -18,7 +18,6 @@ from loaders._gptq_tensors import Unpacked
 from modules.quantize._gptq import QuantizedLayer, quantize_group, quantize_rtn
 from modules.quantize.settings import QuantizeSettings
 
-
 # --- one layer -------------------------------------------------------------------------------------------------
 
 

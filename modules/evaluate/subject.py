@@ -10,12 +10,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modules.worker_client import WorkerClient
 from modules.errors import LoadOutOfMemory
 from modules.load_options import complete_options
 from modules.plan.admission import need_of
 from modules.plan.machine import this_machine
 from modules.schema import Done, GenerationRequest, StopParams, TokenEvent
+from modules.worker_client import WorkerClient
 
 if TYPE_CHECKING:
     from modules.engine_client import EngineClient

@@ -19,11 +19,11 @@ from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modules.worker_client import ROOT, OnLog, WorkerClient
 from modules.errors import BackendUnavailable, EngineDead, error_from_wire
 from modules.overlays import start_script
 from modules.ray_engine import launch
 from modules.ray_engine.launch import OVERLAY
+from modules.worker_client import ROOT, OnLog, WorkerClient
 
 if TYPE_CHECKING:
     from modules import protocol

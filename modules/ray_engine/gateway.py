@@ -275,8 +275,6 @@ def _death(error: Exception) -> str:
     return "its process ended, or its node is lost" if isinstance(error, RayActorError) else one_line(error)
 
 
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m modules.ray_engine.gateway", description="Serve one model on Ray.")
     for name in ("--loader", "--settings", "--address", "--app"):

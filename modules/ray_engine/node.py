@@ -115,7 +115,5 @@ def _join(wanted: dict[str, Any], folder: Path) -> Any:
         raise explain_connect(wanted["address"], error) from error
 
 
-
-
 if __name__ == "__main__":
     main()

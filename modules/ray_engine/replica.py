@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modules import protocol
-from modules.worker_client import WorkerClient
 from modules.errors import AppError, EngineDead, ModelNotFound, ProtocolError
 from modules.overlays import Overlays
 from modules.ray_engine.launch import LOOPBACK, ROOT
 from modules.registry import load_spec
 from modules.schema import Done, Event, GenerationRequest, Usage, from_wire, to_wire
 from modules.worker import _event_frame
+from modules.worker_client import WorkerClient
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
-from modules.worker_client import WorkerClient
 from modules.ray_engine.client import RayEngine
 from modules.ray_engine.settings import RaySettings
 from modules.registry import load_spec
 from modules.schema import Done, GenerationRequest, PrefillProgress, StopParams, TokenEvent
+from modules.worker_client import WorkerClient
 from tests.contract.rows import ROWS, Row, ray_problem
 
 if TYPE_CHECKING:

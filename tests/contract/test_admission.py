@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from modules.worker_client import WorkerClient
 from modules.errors import CannotFit
 from modules.events import EventBus
 from modules.library import LocalLibrary
 from modules.model_manager import ModelManager
 from modules.plan import Machine
 from modules.registry import discover
+from modules.worker_client import WorkerClient
 from tests.conftest import ROOT
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ import sys
 import zipfile
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -24,8 +24,7 @@ from modules.convert.children.imatrix import read_imatrix
 from modules.convert.children.tokenizer_rules import merge_scores, plain_byte_level
 from modules.convert.cli import add_parser, run
 from modules.convert.gguf_types import estimated_bytes, gguf_type
-from modules.convert.library import ConverterError, converter_dir, has_converter, install_converter
-from modules.convert.process import run_child
+from modules.convert.library import ConverterError, converter_dir
 from modules.detect import check, list_models
 from modules.errors import (
     BackendUnavailable,
@@ -38,8 +37,10 @@ from modules.errors import (
     UnsafeModel,
 )
 from modules.overlays import Overlays
-from modules.schema import LoadProgress
 from tests.unit.model_files import U32, gguf_bytes, gguf_keys, hf_folder, tokenizer_json, write_json
+
+if TYPE_CHECKING:
+    from modules.schema import LoadProgress
 
 
 def ignore(progress: LoadProgress) -> None:

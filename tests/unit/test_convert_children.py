@@ -13,12 +13,10 @@ from typing import Any
 
 import pytest
 
-from modules.convert.cli import run
 from modules.convert.library import ConverterError, converter_dir, has_converter, install_converter, unpack_converter
 from modules.convert.process import run_child
 from modules.errors import IncompatibleModel, LoadError, LoadOutOfMemory, UnsafeModel
 from modules.schema import LoadProgress
-
 
 # --- the converter from the source distribution ----------------------------------------------------------------
 

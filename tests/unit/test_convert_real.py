@@ -8,20 +8,20 @@ import os
 import pickle
 import shutil
 import subprocess
-import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from modules.convert import ConvertJob, convert, convert_pickle
-from modules.convert.cli import run
 from modules.convert.library import has_converter
 from modules.detect import check, list_models
 from modules.errors import Conflict, CorruptModel, IncompatibleModel, UnsafeModel
-from modules.overlays import Overlays
-from modules.schema import LoadProgress
 from tests.unit.model_files import write_json
+
+if TYPE_CHECKING:
+    from modules.overlays import Overlays
+    from modules.schema import LoadProgress
 
 
 def ignore(progress: LoadProgress) -> None:

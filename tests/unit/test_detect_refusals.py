@@ -16,7 +16,6 @@ from modules.detect import check, inspect
 from modules.errors import AppError, CorruptModel, IncompatibleModel, ModelNotFound, UnknownFormat, UnsafeModel
 from tests.unit.model_files import LLAMA, Shapes, hf_folder, llama_tensors, lora_folder, sharded, tokenizer_json, write_json
 
-
 # --- what it is not --------------------------------------------------------------------------------------------
 
 

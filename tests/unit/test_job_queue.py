@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-
-import pytest
+from typing import TYPE_CHECKING
 
 from modules.errors import LoadOutOfMemory
 from modules.job_queue import JobQueue, failure
+
+if TYPE_CHECKING:
+    import pytest
 
 
 class Work:
@@ -33,7 +35,6 @@ class Work:
             raise RuntimeError("bad")
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 async def test_one_at_a_time_in_order_and_a_failure_holds_nothing_up() -> None:
     work = Work()
     work.gate.set()

@@ -15,7 +15,6 @@ import pytest
 
 from modules import reach
 from modules.command_line import parse
-from modules.config import Config
 from modules.errors import ConfigError, Conflict, InvalidParameter, ModelNotFound, NotFound, RemoteError
 from modules.library import LocalLibrary
 from modules.remotes import cli
@@ -28,6 +27,8 @@ from tests.unit.far_server import FarServer, far_server
 
 if TYPE_CHECKING:
     from argparse import Namespace
+
+    from modules.config import Config
 
 KEY = "sk-a-secret-key"
 
