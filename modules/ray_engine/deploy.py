@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modules.errors import BackendUnavailable
+from modules.errors import BackendUnavailable, LoadError
 from modules.ray_engine import launch, nodes
 from modules.ray_engine.launch import LOOPBACK, ROOT
 from modules.ray_engine.reach import check_reachable, explain_connect
@@ -25,6 +25,7 @@ NAMESPACE = "switchyard"
 BESIDE_GENERATIONS = 32  # encode, decode, abort and health, which must not wait for a slot
 LOOK_S = 60.0
 ROUTER_S = 0.05
+OVER = ("DEPLOY_FAILED", "NOT_STARTED", "gone")  # Serve's words for what does not come to be RUNNING by itself
 DRAIN_S = 600.0  # a replica that autoscaling takes away finishes its answers
 _LOGS = {"log_level": "WARNING", "enable_access_log": False}
 
@@ -50,6 +51,8 @@ class Deployment:
         self.spec, self.settings, self.app = spec, settings, app
         self._overlays = overlays
         self._slots = spec.slots
+        self._replica: Any = None
+        self._arguments: tuple[Any, ...] = ()
         self._handle: Any = None
         self._board: Any = None
 
@@ -118,10 +121,20 @@ class Deployment:
             "app": self.app,
             "is_file": Path(path).exists(),
         }
-        deployment = serve.deployment(Replica).options(name="replica", **self._options())
-        target = serve.RunTarget(deployment.bind(job, self._board), name=self.app, route_prefix=None)
+        self._replica = serve.deployment(Replica).options(name="replica")
+        self._arguments = (job, self._board)
+        await self._deploy()
+
+    async def _deploy(self) -> None:
+        """Tell Serve what is wanted. Always as one version: then other limits are told to the replicas that run, where a new
+        version would have them replaced. Serve takes the version from its own callers alone, hence `_internal`."""
+        from ray import serve
+
+        deployment = self._replica.options(**self._options()).options(version=self.app, _internal=True)
+        target = serve.RunTarget(deployment.bind(*self._arguments), name=self.app, route_prefix=None)
         handles = await asyncio.to_thread(serve.run_many, [target], wait_for_applications_running=False)
-        self._handle = handles[0].options(_by_reference=False)
+        if self._handle is None:
+            self._handle = handles[0].options(_by_reference=False)
 
     def _options(self) -> dict[str, Any]:
         settings = self.settings
@@ -154,13 +167,27 @@ class Deployment:
         return options | {"autoscaling_config": {**bounds, **pace, "target_ongoing_requests": max(1.0, 0.75 * self._slots)}}
 
     async def loaded(self, info: dict[str, Any]) -> None:
-        """The first replicas are ready: how many generations each runs at once is known. Waits until the router knows them."""
+        """The first replicas are ready: how many generations each runs at once is known, which options may decide, and Serve is
+        told where it was given another number. Waits until the router knows the replicas."""
         from modules.ray_engine.router import SlotRouter
 
-        self._slots = info["slots"] or self.spec.slots
-        SlotRouter.slots = self._slots
+        slots = info["slots"] or self.spec.slots
+        SlotRouter.slots = slots
+        if slots != self._slots:
+            self._slots = slots
+            await self._deploy()
+            while (state := await self.state()) != "RUNNING":  # a replica that is being told gets no requests
+                self._check(state)
+                await asyncio.sleep(ROUTER_S)
         while await self.known() < self.settings.minimum:
+            self._check(await self.state())
             await asyncio.sleep(ROUTER_S)
+
+    def _check(self, state: str) -> None:
+        if state in OVER:
+            raise LoadError(
+                f"The replicas of {self.spec.title} ended after they had loaded ({state}).", hint="The log says more."
+            )
 
     async def known(self) -> int:
         """How many replicas the router knows; 0 also while one of them is gone and it does not know."""
@@ -185,7 +212,9 @@ class Deployment:
         from ray import serve
 
         if self._board is not None:
-            await asyncio.to_thread(serve.delete, self.app)
+            await asyncio.to_thread(serve.delete, self.app, _blocking=False)  # it would look once a second
+            while await self.state() != "gone":
+                await asyncio.sleep(ROUTER_S)
 
     async def state(self) -> str:
         """Serve's word for the application, "gone" without one."""

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 from modules import protocol
 from modules.errors import AppError, EngineDead, LoadError, ProtocolError, error_from_wire, one_line
 from modules.overlays import Overlays
-from modules.ray_engine.deploy import ROUTER_S, Deployment, connect
+from modules.ray_engine.deploy import OVER, ROUTER_S, Deployment, connect
 from modules.ray_engine.launch import ROOT
 from modules.ray_engine.replica import RESEND, error_frame, frame
 from modules.ray_engine.settings import RaySettings
@@ -57,12 +57,15 @@ class Gateway:
         self._last_failure: AppError | None = None
         self._ended = asyncio.Event()
         self._orphaned = False  # the server is gone
+        self._rayless = False  # Ray is gone
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
         threading.Thread(target=self._read, args=(loop,), name="reader", daemon=True).start()
         await self._ended.wait()
-        if not (self._orphaned and self._deployment.local):  # with the server, a Ray of its own goes as a whole
+        if not self._rayless and not (
+            self._orphaned and self._deployment.local
+        ):  # a Ray of the server's goes with it, as a whole
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._deployment.delete(), DELETE_S)
         _leave_with_group()  # here: a loop that closes would wait for calls to a Ray that may be gone
@@ -138,6 +141,7 @@ class Gateway:
                 for note in await self._deployment.notes():
                     self._note(note)
         except Exception as error:
+            self._rayless = True  # or this board alone, and then the replicas take the deployment away
             self._end_with(f"Ray ended: {one_line(error)}")
 
     def _note(self, note: dict[str, Any]) -> None:
@@ -254,9 +258,10 @@ class Gateway:
             try:
                 state = await asyncio.wait_for(self._deployment.state(), SILENCE_S)
             except Exception as error:
+                self._rayless = True
                 self._end_with(f"the Ray cluster does not answer any more: {one_line(error)}")
                 return
-            if state in ("DEPLOY_FAILED", "NOT_STARTED", "gone"):
+            if state in OVER:
                 why = f": {self._last_failure}" if self._last_failure is not None else ""
                 self._end_with(f"its replicas can't be started again ({state}){why}")
                 return

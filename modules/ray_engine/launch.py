@@ -25,6 +25,7 @@ QUIET = {
     "RAY_worker_niceness": "0",  # else everything that computes gives way to everything else
     "PYTHONWARNINGS": "ignore",
 }
+HEAD_LOST_S = 10  # Ray's own is a minute
 CLUSTER_AUTH = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
@@ -49,7 +50,7 @@ def cluster_env(address: str) -> dict[str, str]:
         **SERVE,
         **auth,
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0" if _on_loopback_only(address) else "1",
-        "RAY_gcs_rpc_server_reconnect_timeout_s": "10",  # the head is lost: say so, and do not wait a minute
+        "RAY_gcs_rpc_server_reconnect_timeout_s": str(HEAD_LOST_S),
         "PYTHONPATH": str(ROOT),
     }
 

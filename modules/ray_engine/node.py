@@ -6,6 +6,7 @@ stdin ends Ray, also after a kill -9 of the server; the death of one of Ray's ow
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -21,6 +22,7 @@ from modules.worker import _take_over_stdout
 
 OBJECT_STORE_BYTES = 100_000_000  # nothing of ours goes through it
 POLL_S = 0.2
+END_S = 5.0
 
 
 def main() -> None:
@@ -47,7 +49,7 @@ def main() -> None:
     if node is None:
         ended.wait()
     else:
-        node.kill_all_processes(check_alive=False, allow_graceful=False)
+        _end_all(node)
     shutil.rmtree(folder, ignore_errors=True)
     os._exit(0 if ended.is_set() else 3)
 
@@ -55,6 +57,20 @@ def main() -> None:
 def _wait_for_end(ended: threading.Event) -> None:
     sys.stdin.buffer.read()
     ended.set()
+
+
+def _end_all(node: Any) -> None:
+    """Ray's processes, and what they started: without the head these would try for a minute to tell it of their end."""
+    import psutil
+
+    members = psutil.Process().children(recursive=True)
+    node.kill_all_processes(
+        check_alive=False, allow_graceful=False
+    )  # the raylet first, which else starts others for those killed
+    for member in members:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(members, timeout=END_S)
 
 
 def _start(wanted: dict[str, Any], folder: Path) -> Any:

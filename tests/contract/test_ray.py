@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import socket
 import subprocess
 import sys
-import textwrap
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,14 +32,14 @@ OPTIONS = {option.name: option.default for option in ECHO.options}
 LIMIT_S = 240
 
 
-class Pair:
-    """Two replicas of Echo, driven from synchronous tests."""
+class Replicas:
+    """Echo on its replicas, driven from synchronous tests."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, engine: RayEngine) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, engine: RayEngine, minimum: int, maximum: int, **options: Any) -> None:
         self.loop = loop
-        engine.settings = RaySettings(minimum=2, maximum=2, cpus=0.5, routing="least-loaded")
+        engine.settings = RaySettings(minimum=minimum, maximum=maximum, cpus=0.5, routing="least-loaded")
         self.client: RayClient = self.run(engine.start(ECHO))
-        self.run(self.client.load("echo", OPTIONS))
+        self.run(self.client.load("echo", OPTIONS | options))
         engine.settings = RaySettings()
         self._ids = iter(range(1000))
 
@@ -49,11 +49,11 @@ class Pair:
     def stream(self, prompt: str, tokens: int = 1_000_000) -> Streamed:
         return Streamed(self.client, f"r{next(self._ids)}", prompt, tokens)
 
-    async def two_of_each(self) -> list[dict[str, Any]]:
-        """The replicas, once there are two with a worker."""
-        while len(self.client.replicas) != 2:
+    async def these(self, count: int) -> list[dict[str, Any]]:
+        """The replicas, once there are so many with a worker."""
+        while len(self.client.replicas) != count:
             await asyncio.sleep(0.05)
-        return self.client.replicas
+        return [dict(replica) for replica in self.client.replicas]
 
     async def text(self, prompt: str) -> str:
         stream = self.stream(prompt)
@@ -93,13 +93,13 @@ class Streamed:
 
 
 @pytest.fixture(scope="module")
-def pair(loop: asyncio.AbstractEventLoop, ray_engine: RayEngine) -> Iterator[Pair]:
-    pair = Pair(loop, ray_engine)
+def pair(loop: asyncio.AbstractEventLoop, ray_engine: RayEngine) -> Iterator[Replicas]:
+    pair = Replicas(loop, ray_engine, 2, 2)
     yield pair
     pair.run(pair.client.close())
 
 
-def test_the_server_may_send_what_all_replicas_run(pair: Pair) -> None:
+def test_the_server_may_send_what_all_replicas_run(pair: Replicas) -> None:
     assert pair.client.info is not None and pair.client.info.slots == 2 * ECHO.slots
     assert "2 replicas" in pair.client.info.notes[-1]
     assert pair.client.versions.keys() >= {"ray", "echo", "python"}
@@ -108,11 +108,11 @@ def test_the_server_may_send_what_all_replicas_run(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize(("victim", "words"), [("pid", "its process ended"), ("worker", "SIGKILL")])
-def test_a_killed_replica_ends_its_own_answers_only_and_comes_back(pair: Pair, victim: str, words: str) -> None:
+def test_a_killed_replica_ends_its_own_answers_only_and_comes_back(pair: Replicas, victim: str, words: str) -> None:
     """kill -9 of the replica, then of its backend, in mid-stream."""
 
     async def kill() -> tuple[list[Streamed], list[dict[str, Any]]]:
-        before = [dict(replica) for replica in await pair.two_of_each()]
+        before = await pair.these(2)
         streams = [pair.stream(LONG), pair.stream(LONG)]
         tasks = [asyncio.ensure_future(s.follow()) for s in streams]
         for stream in streams:
@@ -126,7 +126,7 @@ def test_a_killed_replica_ends_its_own_answers_only_and_comes_back(pair: Pair, v
         return streams, before
 
     async def back(before: list[dict[str, Any]]) -> None:
-        while before[0]["worker"] in {r["worker"] for r in await pair.two_of_each()}:
+        while before[0]["worker"] in {r["worker"] for r in await pair.these(2)}:
             await asyncio.sleep(0.05)
         texts = await asyncio.gather(*(pair.text(f"again {n}") for n in range(8)))
         assert texts == [f"again {n}" for n in range(8)]
@@ -140,11 +140,33 @@ def test_a_killed_replica_ends_its_own_answers_only_and_comes_back(pair: Pair, v
     pair.run(back(before))
 
 
-def test_nothing_listens_beyond_loopback(pair: Pair, ray_engine: RayEngine) -> None:
+def test_nothing_listens_beyond_loopback(pair: Replicas, ray_engine: RayEngine) -> None:
     pids = [pair.client.pid, ray_engine.pid]
     processes = [p for pid in pids for p in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True))]
     found = {c.laddr.ip for p in processes for c in p.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
     assert found and found <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+
+
+def test_what_an_option_says_of_the_slots_is_what_scales(loop: asyncio.AbstractEventLoop, ray_engine: RayEngine) -> None:
+    """Four answers for one replica of two: the others wait for the second, which comes. Echo's declaration says 256."""
+    few = Replicas(loop, ray_engine, 1, 2, slots=2)
+
+    async def grow() -> None:
+        [first] = await few.these(1)
+        streams = [few.stream(LONG) for _ in range(4)]
+        tasks = [asyncio.ensure_future(stream.follow()) for stream in streams]
+        for stream in streams:
+            await stream.until(3)
+        assert first["worker"] in {replica["worker"] for replica in await few.these(2)}, "Serve was told as it ran"
+        for stream in streams:
+            await few.client.abort(stream.request.request_id)
+        await asyncio.gather(*tasks)
+
+    try:
+        assert few.client.info is not None and few.client.info.slots == 4
+        few.run(grow())
+    finally:
+        few.run(few.client.close())
 
 
 # --- clusters -------------------------------------------------------------------------------------------------
@@ -188,67 +210,63 @@ def test_what_is_no_cluster_is_told(of_cluster: Any, loop: asyncio.AbstractEvent
     assert caught.value.hint
 
 
-def test_a_joined_cluster_that_loses_its_head(
-    of_cluster: Any, overlays: Overlays, loop: asyncio.AbstractEventLoop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+SERVER = """
+import asyncio, json, sys
+from pathlib import Path
+import psutil
+from modules.overlays import Overlays
+from modules.ray_engine.client import RayEngine
+from modules.ray_engine.settings import RaySettings
+from modules.registry import load_spec
+
+async def main():
+    spec = load_spec("echo")
+    engine = RayEngine(RaySettings(), Overlays.find(), Path(sys.argv[1]))
+    client = await engine.start(spec)
+    await client.load("echo", {o.name: o.default for o in spec.options})
+    while not client.replicas:
+        await asyncio.sleep(0.05)
+    pids = [p.pid for p in psutil.Process().children(recursive=True)] + [r["worker"] for r in client.replicas]
+    print(json.dumps({"address": await engine.start_node(), "token": engine.token, "pids": pids}), flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+def test_a_killed_server_takes_its_ray_with_it(
+    of_cluster: Any, loop: asyncio.AbstractEventLoop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Joined by its address, its nodes looked at, a model served; then the head is killed in mid-stream."""
-    head = RayEngine(RaySettings(), overlays, tmp_path / "head")
-    monkeypatch.setenv("RAY_AUTH_TOKEN", head.token)
+    """kill -9 of a server: no Ray, no replica, no worker and no folder is left. Another server that had joined that Ray as its
+    cluster, looked at its nodes and serves a model there is told in mid-stream that the head is lost."""
+    words = [sys.executable, "-c", SERVER, str(tmp_path)]
+    variables = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, env=variables) as server:
+        assert server.stdout is not None
+        told = json.loads(server.stdout.readline())
+        monkeypatch.setenv("RAY_AUTH_TOKEN", told["token"])
+        monkeypatch.setattr(launch, "HEAD_LOST_S", 2)
 
-    async def serve() -> EngineDead:
-        engine = of_cluster(await head.start_node())
-        client = await engine.start(ECHO)
-        await client.load("echo", OPTIONS)
-        assert "in the cluster" in client.info.notes[-1]
-        stream = Streamed(client, "r", LONG, 1_000_000)
-        following = asyncio.ensure_future(stream.follow())
-        await stream.until(3)
-        psutil.Process(head.pid).kill()
-        await following
-        assert stream.error is not None
-        await client.close()
-        return stream.error
+        async def joined() -> EngineDead:
+            client = await of_cluster(told["address"]).start(ECHO)
+            await client.load("echo", OPTIONS)
+            assert "in the cluster" in client.info.notes[-1]
+            stream = Streamed(client, "r", LONG, 1_000_000)
+            following = asyncio.ensure_future(stream.follow())
+            await stream.until(3)
+            server.kill()
+            await following
+            assert stream.error is not None
+            await client.close()
+            return stream.error
 
-    try:
-        error = loop.run_until_complete(asyncio.wait_for(serve(), LIMIT_S))
-    finally:
-        loop.run_until_complete(head.close())
+        processes = [psutil.Process(pid) for pid in told["pids"]]
+        assert len(processes) > 5
+        try:
+            error = loop.run_until_complete(asyncio.wait_for(joined(), LIMIT_S))
+        finally:
+            server.kill()
     assert error.hint and "stderr" in error.detail
-
-
-# --- the end ----------------------------------------------------------------------------------------------------
-
-
-def test_everything_ends_with_a_killed_server(overlays: Overlays, ray_engine: RayEngine, tmp_path: Path) -> None:
-    """kill -9 of the server: no Ray, no replica, no worker and no folder is left."""
-    script = textwrap.dedent(f"""
-        import asyncio, psutil
-        from pathlib import Path
-        from modules.overlays import Overlays
-        from modules.ray_engine.client import RayEngine
-        from modules.ray_engine.settings import RaySettings
-        from modules.registry import load_spec
-        async def main():
-            spec = load_spec("echo")
-            engine = RayEngine(RaySettings(), Overlays.find(), Path({str(tmp_path)!r}))
-            client = await engine.start(spec)
-            await client.load("echo", {{o.name: o.default for o in spec.options}})
-            while not client.replicas:
-                await asyncio.sleep(0.05)
-            pids = [p.pid for p in psutil.Process().children(recursive=True)]
-            print(*pids, *[r["worker"] for r in client.replicas], flush=True)
-            await asyncio.sleep(600)
-        asyncio.run(main())
-    """)
-    server = subprocess.Popen(
-        [sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
-    assert server.stdout is not None
-    processes = [psutil.Process(int(pid)) for pid in server.stdout.readline().split()]
-    assert len(processes) > 5
-    server.kill()
-    server.wait()
-    server.stdout.close()
     _, alive = psutil.wait_procs(processes, timeout=LIMIT_S)
     assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE]
     assert not (tmp_path / "ray").exists()
