@@ -9,10 +9,11 @@ Source: the format's description in the safetensors project.
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from modules.errors import CorruptModel
 
@@ -35,17 +36,16 @@ DTYPE_BITS = {
 }
 _SPACE = re.compile(r"[ \t\r\n]*")
 _NUMBER = r"(?:0|[1-9]\d{0,17})"
-# One entry as every library writes it. Anything else goes the strict, slower way.
+# One entry as every library writes it, with what leads to the next. Anything else goes the strict, slower way.
 _USUAL = re.compile(
     rf'"(?!__metadata__")([^"\\\x00-\x1f]{{1,512}})": ?'
-    rf'\{{"dtype": ?"(\w{{1,16}})", ?"shape": ?\[((?:{_NUMBER}(?:, ?{_NUMBER})*)?)\], ?'
-    rf'"data_offsets": ?\[({_NUMBER}), ?({_NUMBER})\]\}}',
+    rf'\{{"dtype": ?"(\w{{1,16}})", ?"shape": ?\[((?:{_NUMBER}(?:, ?{_NUMBER}){{0,63}})?)\], ?'
+    rf'"data_offsets": ?\[({_NUMBER}), ?({_NUMBER})\]\}},[ \t\r\n]*',
     re.ASCII,
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(NamedTuple):
     """One tensor's entry. `begin` and `end` are byte offsets into the data section."""
 
     dtype: str
@@ -55,10 +55,7 @@ class Tensor:
 
     @property
     def elements(self) -> int:
-        count = 1
-        for side in self.shape:
-            count *= side
-        return count
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,8 +133,8 @@ class _Entries:
             self.at += 1
         else:
             while True:
-                usual = _USUAL.match(self.text, self.at)
-                key = usual[1] if usual else self._key()
+                self._usual(tensors)
+                key = self._key()
                 if key == "__metadata__":
                     if metadata is not None:
                         raise _broken(self.name, "its metadata appears twice")
@@ -145,7 +142,7 @@ class _Entries:
                 elif key in tensors:
                     raise _broken(self.name, f"tensor {shown(key)} appears twice")
                 else:
-                    tensors[key] = self._usual_tensor(key, usual) if usual else self._tensor(key)
+                    tensors[key] = self._tensor(key)
                     if len(tensors) > MAX_TENSORS:
                         raise _broken(self.name, f"it lists more than {MAX_TENSORS:,} tensors")
                 self._space()
@@ -159,6 +156,21 @@ class _Entries:
         if self.text[self.at :].strip(" \t\r\n\0"):
             raise _broken(self.name, "its header goes on after the closing brace")
         return tensors, metadata or {}
+
+    def _usual(self, tensors: dict[str, Tensor]) -> None:
+        """Take the entries from here on that are written as usual and right; what is wrong with the next is the strict way's to
+        say. Numbers of up to 18 digits that agree overflow nothing."""
+        text, at, match = self.text, self.at, _USUAL.match
+        while (found := match(text, at)) and len(tensors) < MAX_TENSORS:
+            key, dtype, sides, begins, ends = found.groups()
+            bits = DTYPE_BITS.get(dtype)
+            shape = tuple(map(int, sides.split(","))) if sides else ()
+            begin, end = int(begins), int(ends)
+            if bits is None or math.prod(shape) * bits != 8 * (end - begin) or key in tensors:
+                break
+            tensors[key] = Tensor(dtype, shape, begin, end)
+            at = found.end()
+        self.at = at
 
     def _peek(self) -> str:
         return self.text[self.at : self.at + 1]
@@ -200,11 +212,6 @@ class _Entries:
         if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
             raise _broken(self.name, f"tensor {label} does not have exactly dtype, shape and data_offsets")
         return self._checked(label, value["dtype"], value["shape"], value["data_offsets"])
-
-    def _usual_tensor(self, key: str, match: re.Match[str]) -> Tensor:
-        self.at = match.end()
-        shape = [int(side) for side in match[3].split(",")] if match[3] else []
-        return self._checked(shown(key), match[2], shape, [int(match[4]), int(match[5])])
 
     def _checked(self, label: str, dtype: Any, shape: Any, offsets: Any) -> Tensor:
         bits = DTYPE_BITS.get(dtype) if isinstance(dtype, str) else None

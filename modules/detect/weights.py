@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator
+from contextvars import ContextVar
 from pathlib import Path
+from typing import Any, TypeVar
 
 from modules.detect.draft import read_json
 from modules.detect.safetensors_header import SafetensorsHeader, Tensor, read_safetensors_header, shown
@@ -15,8 +20,35 @@ INDEX = "model.safetensors.index.json"
 MAX_INDEX_BYTES = 64_000_000  # the largest mixtures of experts list 140,000 tensors in 14 MB
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_KEPT = 2  # an index and the headers beside it
+T = TypeVar("T")
+_kept: ContextVar[OrderedDict[Hashable, Any] | None] = ContextVar("kept", default=None)
 # Never a model's weights, whatever they hold.
 _NOT_WEIGHTS = re.compile(r"(optimizer|scheduler|rng_state|training_args|scaler|adapter_model|consolidated)\b.*")
+
+
+@contextlib.contextmanager
+def headers_kept() -> Iterator[None]:
+    """Within it the headers that were read last are kept, and not read again while their files are as they were: for who looks at
+    a model and then plans for it. A large mixture of experts takes a second."""
+    token = _kept.set(OrderedDict())
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+def _once(folder: Path, names: list[str], read: Callable[[], T]) -> T:
+    kept = _kept.get()
+    if kept is None:
+        return read()
+    stats = [(folder / name).stat() for name in names]
+    key = (str(folder), *((name, stat.st_size, stat.st_mtime_ns) for name, stat in zip(names, stats, strict=True)))
+    if key not in kept:
+        kept[key] = read()
+        while len(kept) > _KEPT:
+            kept.popitem(last=False)
+    return kept[key]  # type: ignore[no-any-return]
 
 
 def find_weights(folder: Path, files: dict[str, int]) -> list[str]:
@@ -35,6 +67,10 @@ def find_weights(folder: Path, files: dict[str, int]) -> list[str]:
 
 def read_weights(folder: Path, names: list[str]) -> tuple[dict[str, Tensor], list[SafetensorsHeader]]:
     """All tensors of the files `names`. Raises CorruptModel for the first one that is damaged or not safetensors at all."""
+    return _once(folder, names, lambda: _merged(folder, names))
+
+
+def _merged(folder: Path, names: list[str]) -> tuple[dict[str, Tensor], list[SafetensorsHeader]]:
     tensors: dict[str, Tensor] = {}
     headers = []
     for name in names:
@@ -58,12 +94,12 @@ def read_safetensors(path: Path) -> SafetensorsHeader:
 
 
 def _indexed(folder: Path, files: dict[str, int]) -> list[str]:
-    weight_map = read_json(folder / INDEX, MAX_INDEX_BYTES).get("weight_map")
+    weight_map = _weight_map(folder)
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptModel(f"{INDEX} lists no weights.", hint="Fetch the index again.")
     names: dict[str, None] = {}
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or name_problem(name):
+        if not isinstance(name, str) or (name not in names and name_problem(name)):
             raise UnsafeModel(
                 f"{INDEX} puts tensor {shown(tensor)} in {shown(str(name))!r}, which is no file name in the model's folder.",
                 hint="The index is damaged or hostile: fetch it again from a source you trust.",
@@ -80,13 +116,17 @@ def _indexed(folder: Path, files: dict[str, int]) -> list[str]:
 
 def check_index(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Raise CorruptModel when the index promises a tensor that no shard holds."""
-    weight_map = read_json(folder / INDEX, MAX_INDEX_BYTES).get("weight_map")
-    absent = sorted(set(weight_map or ()) - tensors.keys())
+    absent = sorted(set(_weight_map(folder) or ()) - tensors.keys())
     if absent:
         raise CorruptModel(
             f"{INDEX} lists tensor {shown(absent[0])}, but no weight file holds it.",
             hint="Index and weights differ: fetch both again.",
         )
+
+
+def _weight_map(folder: Path) -> Any:
+    """What the index says, whatever it is."""
+    return _once(folder, [INDEX], lambda: read_json(folder / INDEX, MAX_INDEX_BYTES).get("weight_map"))
 
 
 def _unindexed(names: list[str]) -> list[str]:

@@ -37,6 +37,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace, config: Config) -> int:
     """Exit status: 0 something fits, 1 nothing does or the model is broken."""
+    from modules.detect.weights import headers_kept
     from modules.library import LocalLibrary
     from modules.overlays import Overlays
     from modules.plan.machine import this_machine
@@ -48,10 +49,11 @@ def run(arguments: argparse.Namespace, config: Config) -> int:
         if arguments.hub:
             name, fits = arguments.source, asyncio.run(_of_repository(arguments, config, machine, specs, overlays))
         else:
-            model = LocalLibrary(config.model_dirs, specs.values()).admit(arguments.source)
-            if model.problem:
-                raise CorruptModel(model.problem)
-            name, fits = model.id, plan(model, machine, specs.values(), overlays)
+            with headers_kept():
+                model = LocalLibrary(config.model_dirs, specs.values()).admit(arguments.source)
+                if model.problem:
+                    raise CorruptModel(model.problem)
+                name, fits = model.id, plan(model, machine, specs.values(), overlays)
     except KeyboardInterrupt:
         return 130
     except AppError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING, Any
 
+from modules.detect.weights import headers_kept
 from modules.errors import CorruptModel
 from modules.plan.machine import this_machine
 from modules.plan.planner import nearest, plan
@@ -31,10 +32,11 @@ async def answer_plan(services: Services, name: str) -> dict[str, Any]:
     freed = sum(resident.memory_bytes or 0 for resident in services.manager.residents())
 
     def work() -> dict[str, Any]:
-        model = services.library.find(name)
-        if model.problem:
-            raise CorruptModel(f"{model.id} can't be loaded: {model.problem}")
-        machine = this_machine(services.config.model_dir, services.config.user_data_dir, freed_bytes=freed)
-        return body(model.id, machine, plan(model, machine, services.specs.values(), services.overlays))
+        with headers_kept():
+            model = services.library.find(name)
+            if model.problem:
+                raise CorruptModel(f"{model.id} can't be loaded: {model.problem}")
+            machine = this_machine(services.config.model_dir, services.config.user_data_dir, freed_bytes=freed)
+            return body(model.id, machine, plan(model, machine, services.specs.values(), services.overlays))
 
     return await asyncio.to_thread(work)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from modules.config import Config
-from modules.detect import inspect
+from modules.detect import inspect, weights
 from modules.download.hub import Hub
 from modules.errors import AppError, CannotFit
 from modules.plan import Fit, Machine, Memory, Shape, nearest, plan, verdict
@@ -331,10 +331,10 @@ def test_a_hundred_gigabytes_are_planned_by_their_header(tmp_path: Path) -> None
 # --- the command ---------------------------------------------------------------------------------------------------
 
 
-def command(folder: Path, name: str, *flags: str) -> int:
+def command(folder: Path, name: str, *flags: str, data: Path | None = None) -> int:
     parser = argparse.ArgumentParser()
     add_parser(parser.add_subparsers())
-    config = Config(model_dir=folder, user_data_dir=folder / "data")
+    config = Config(model_dir=folder, user_data_dir=data or folder / "data")
     return run(parser.parse_args(["plan", name, *flags]), config)
 
 
@@ -355,6 +355,35 @@ def test_the_command_shows_a_table_and_json(tmp_path: Path, capsys: pytest.Captu
     assert command(tmp_path, "tiny", "--json") == 0
     made = json.loads(capsys.readouterr().out)
     assert made["nearest"] == made["fits"][0] and made["machine"]["bandwidth"] == 2e10
+
+
+@pytest.mark.usefixtures("measured")
+def test_the_command_reads_each_header_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ninety thousand tensors that is a second."""
+    folder = hf_folder(tmp_path / "elsewhere" / "sharded")
+    (folder / "model.safetensors").unlink()
+    names = list(llama_tensors())
+    files = {"one.safetensors": names[:5], "two.safetensors": names[5:]}
+    for file, part in files.items():
+        (folder / file).write_bytes(safetensors_bytes({name: llama_tensors()[name] for name in part}))
+    write_json(folder / weights.INDEX, {"weight_map": {name: file for file, part in files.items() for name in part}})
+    read: list[str] = []
+    real_json, real_header = weights.read_json, weights.read_safetensors_header
+    monkeypatch.setattr(weights, "read_json", lambda path, *limit: (read.append(path.name), real_json(path, *limit))[1])
+    monkeypatch.setattr(weights, "read_safetensors_header", lambda path: (read.append(path.name), real_header(path))[1])
+    (tmp_path / "models").mkdir()
+    assert command(tmp_path / "models", str(folder), data=tmp_path / "data") == 0
+    assert sorted(name for name in read if name in (*files, weights.INDEX)) == sorted((*files, weights.INDEX))
+
+
+def test_headers_that_are_kept_are_read_again_when_the_file_is_another(tmp_path: Path) -> None:
+    folder = hf_folder(tmp_path / "m")
+    with weights.headers_kept():
+        first = weights.read_weights(folder, ["model.safetensors"])[0]
+        assert weights.read_weights(folder, ["model.safetensors"])[0] is first
+        (folder / "model.safetensors").write_bytes(safetensors_bytes(llama_tensors({"num_hidden_layers": 3})))
+        assert len(weights.read_weights(folder, ["model.safetensors"])[0]) > len(first)
+    assert weights.read_weights(folder, ["model.safetensors"])[0] is not first
 
 
 @pytest.mark.usefixtures("measured")
