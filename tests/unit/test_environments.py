@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import os
 import shutil
@@ -13,38 +11,20 @@ import sys
 import threading
 import time
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from modules.environments import Installer, requirements_hash
+from modules.environments import CommandRunner, Installer, requirements_hash
 from modules.overlays import MARKER, Overlays, env_python, read_json, site_packages, write_json
 from modules.pip_output import PipProgress, SetupError, explain, is_resolution_failure, venv_help
 from modules.sets import new_set, open_set, set_lock
 from modules.site_packages import broken_packages, installed_packages
+from tests import pip_lab
 from tests.conftest import ROOT
-
-
-def make_wheel(folder: Path, name: str, version: str = "1.0", requires: str = "", payload: str = "") -> Path:
-    """A wheel with one module, as pip takes it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    info = f"{name}-{version}.dist-info"
-    files = {
-        f"{name}.py": f"VERSION = {version!r}\n{payload}",
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-        + (f"Requires-Dist: {requires}\n" if requires else ""),
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    }
-    rows = []
-    for path, text in files.items():
-        digest = base64.urlsafe_b64encode(hashlib.sha256(text.encode()).digest()).rstrip(b"=").decode()
-        rows.append(f"{path},sha256={digest},{len(text.encode())}")
-    files[f"{info}/RECORD"] = "\n".join([*rows, f"{info}/RECORD,,"]) + "\n"
-    target = folder / f"{name}-{version}-py3-none-any.whl"
-    with zipfile.ZipFile(target, "w") as archive:
-        for path, text in files.items():
-            archive.writestr(path, text)
-    return target
+from tests.pip_lab import make_wheel
 
 
 @pytest.fixture
@@ -59,14 +39,11 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     wheels = tmp_path / "wheels"
     for arguments in (("alpha", "1.0", "beta"), ("beta",), ("gamma", "1.0", "torch>=2"), ("torch", "2.0+cpu"), ("alpha", "2.0")):
         make_wheel(wheels, *arguments)
-    config = tmp_path / "pip.conf"
-    config.write_text(f"[global]\nfind-links = {wheels.as_uri()}\n", encoding="utf-8")
-    for name in [name for name in os.environ if name.startswith("PIP_")]:
+    variables = pip_lab.environment(tmp_path / "pip.conf", wheels.as_uri())
+    for name in os.environ.keys() - variables.keys():
         monkeypatch.delenv(name)
-    monkeypatch.setenv("PIP_CONFIG_FILE", str(config))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    for name in ("SWITCHYARD_SET", "SWITCHYARD_TORCH", "GPU_CHOICE"):
-        monkeypatch.delenv(name, raising=False)
+    for name in ("PIP_CONFIG_FILE", "PIP_NO_INDEX"):
+        monkeypatch.setenv(name, variables[name])
     return root
 
 
@@ -78,11 +55,23 @@ def blank(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def copy_blank(blank: Path, env: Path) -> None:
+    """Hard links: nothing here writes into a file of pip's, and there are two thousand of them."""
+    shutil.copytree(blank, env, symlinks=True, copy_function=os.link)
+
+
 @pytest.fixture
-def begun(project: Path, blank: Path) -> Path:
-    """The project with its virtual environments made and nothing in them yet: saves each test the seconds for that."""
-    for name in ("parent", "torch", "back"):
-        shutil.copytree(blank, open_set(project) / name, symlinks=True)
+def quick(project: Path, blank: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The project, where `python -m venv` takes a copy of one made before: saves the seconds that pip's own set-up takes."""
+    run = CommandRunner.run
+
+    def copying(self: CommandRunner, command: Sequence[str | Path], *rest: Any) -> tuple[int, list[str]]:
+        if list(command[1:3]) == ["-m", "venv"]:
+            copy_blank(blank, Path(command[3]))
+            return 0, []
+        return run(self, command, *rest)
+
+    monkeypatch.setattr(CommandRunner, "run", copying)
     return project
 
 
@@ -112,28 +101,28 @@ def test_an_environment_is_made_once(project: Path) -> None:
     assert installer(project).ready("parent")
 
 
-def test_new_requirements_are_installed_into_it(begun: Path) -> None:
-    setup = installer(begun)
+def test_new_requirements_are_installed_into_it(quick: Path) -> None:
+    setup = installer(quick)
     setup.ensure("parent")
-    (begun / "requirements.txt").write_text("# size-mb: 1\nalpha==2.0\n", encoding="utf-8")
+    (quick / "requirements.txt").write_text("# size-mb: 1\nalpha==2.0\n", encoding="utf-8")
     assert not setup.ready("parent")
     assert setup.ensure("parent")
     assert importable(setup.overlays, "parent", "import alpha; print(alpha.VERSION)") == "2.0"
 
 
-def test_requirements_that_fail_leave_what_there_was(begun: Path) -> None:
-    setup = installer(begun)
+def test_requirements_that_fail_leave_what_there_was(quick: Path) -> None:
+    setup = installer(quick)
     setup.ensure("parent")
-    (begun / "requirements.txt").write_text("# size-mb: 1\nalpha==9.9\n", encoding="utf-8")
+    (quick / "requirements.txt").write_text("# size-mb: 1\nalpha==9.9\n", encoding="utf-8")
     with pytest.raises(SetupError, match=r"no package alpha==9\.9 fits"):
         setup.ensure("parent")
     assert setup.overlays.marker("parent")
     assert importable(setup.overlays, "parent", "import alpha; print(alpha.VERSION)") == "1.0"
 
 
-def test_a_layer_is_joined_and_torch_is_pinned_to_the_build_that_is_there(begun: Path) -> None:
+def test_a_layer_is_joined_and_torch_is_pinned_to_the_build_that_is_there(quick: Path) -> None:
     lines: list[str] = []
-    setup = installer(begun, lines)
+    setup = installer(quick, lines)
     setup.ensure("back")
     overlays = setup.overlays
     assert overlays.marker("torch")["packages"]["torch"] == "2.0+cpu"
@@ -148,15 +137,15 @@ def test_a_layer_is_joined_and_torch_is_pinned_to_the_build_that_is_there(begun:
     assert layer.isascii()
 
 
-def test_a_choice_of_torch_is_kept_for_the_background_and_a_new_one_is_followed(begun: Path) -> None:
-    installer(begun, torch="cpu").ensure("torch")
-    assert installer(begun).torch_build().name == "cpu"
-    assert installer(begun, torch="cpu").ready("torch")
-    assert not installer(begun, torch="xpu").ready("torch")
+def test_a_choice_of_torch_is_kept_for_the_background_and_a_new_one_is_followed(quick: Path) -> None:
+    installer(quick, torch="cpu").ensure("torch")
+    assert installer(quick).torch_build().name == "cpu"
+    assert installer(quick, torch="cpu").ready("torch")
+    assert not installer(quick, torch="xpu").ready("torch")
 
 
-def test_a_package_that_was_cut_off_is_installed_again(begun: Path) -> None:
-    setup = installer(begun)
+def test_a_package_that_was_cut_off_is_installed_again(quick: Path) -> None:
+    setup = installer(quick)
     setup.ensure("parent")
     env = setup.overlays.env_dir("parent")
     site = site_packages(env)
@@ -181,40 +170,53 @@ def test_a_truncated_file_and_a_missing_record_count_as_broken(tmp_path: Path) -
     assert installed_packages(site) == {"whole": "1.0"}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["no interpreter", "no pip", "half of pip"])
-def test_a_half_made_environment_is_made_again(project: Path, damage: str) -> None:
-    env = open_set(project) / "parent"
-    subprocess.run([sys.executable, "-m", "venv", *(["--without-pip"] if "half" not in damage else []), str(env)], check=True)
+def test_a_half_made_environment_is_made_again(quick: Path, blank: Path, damage: str) -> None:
+    env = open_set(quick) / "parent"
+    copy_blank(blank, env)
+    site = site_packages(env)
+    assert site is not None
     if damage == "no interpreter":
         env_python(env).unlink()
-    if damage == "half of pip":
-        site = site_packages(env)
-        assert site is not None
-        shutil.rmtree(site / "pip" / "_internal" / "resolution")
-    setup = installer(project)
+    else:
+        shutil.rmtree(site / "pip" if damage == "no pip" else site / "pip" / "_internal" / "resolution")
+    setup = installer(quick)
     setup.ensure("parent")
+    assert (site / "pip" / "_internal" / "resolution").is_dir()
     assert importable(setup.overlays, "parent", "import alpha; print(alpha.VERSION)") == "1.0"
 
 
-@pytest.mark.slow
+KILLED = """
+import sys
+from pathlib import Path
+from modules.environments import Installer
+from modules.overlays import Overlays
+from modules.sets import open_set
+root = Path(sys.argv[1])
+Installer(Overlays(open_set(root), root), lambda stage, fraction, line: print(stage, line, flush=True)).ensure("back")
+"""
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="uses SIGKILL")
-@pytest.mark.parametrize("moment", [0.4, 2.5, 5.0])
-def test_killed_at_any_moment_it_goes_on(project: Path, moment: float) -> None:
-    code = (
-        "import sys; from pathlib import Path; from modules.environments import Installer\n"
-        "from modules.overlays import Overlays\n"
-        "from modules.sets import open_set\n"
-        "root = Path(sys.argv[1]); Installer(Overlays(open_set(root), root), lambda *a: None).ensure('back')"
-    )
-    child = subprocess.Popen([sys.executable, "-c", code, str(project)], cwd=ROOT, start_new_session=True)
-    time.sleep(moment)
-    child.send_signal(signal.SIGKILL)
-    child.wait()
-    setup = installer(project)
+@pytest.mark.parametrize("moment", ["torch making a virtual environment", "torch torch", "back gamma"])
+def test_killed_at_any_moment_it_goes_on(quick: Path, blank: Path, moment: str) -> None:
+    """In the middle of venv (a real one, with a part of pip), of the layer's pip, of its own."""
+    if "virtual" not in moment:
+        for name in ("torch", "back"):
+            copy_blank(blank, open_set(quick) / name)
+    words = [sys.executable, "-c", KILLED, str(quick)]
+    with subprocess.Popen(words, cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, encoding="utf-8") as child:
+        assert child.stdout is not None
+        while not (line := child.stdout.readline()).startswith(moment):
+            assert line, "it ended before"
+        while "virtual" in moment and not list(open_set(quick).glob("torch/lib/python3*/site-packages/pip/_internal")):
+            assert child.poll() is None
+            time.sleep(0.01)
+        child.send_signal(signal.SIGKILL)
+    setup = installer(quick)
     setup.ensure("back")
     assert importable(setup.overlays, "back", "import torch, gamma; print(gamma.VERSION)") == "1.0"
-    assert len(list((project / "installer_files" / "sets").iterdir())) == 1
+    assert len(list((quick / "installer_files" / "sets").iterdir())) == 1
 
 
 def test_no_space_is_said_before_anything_is_written(project: Path) -> None:
@@ -287,12 +289,12 @@ def test_other_versions_are_tried_only_when_they_could_help() -> None:
     assert not is_resolution_failure(["Temporary failure in name resolution", none])
 
 
-def test_a_lock_of_another_python_is_left(begun: Path) -> None:
-    locks = begun / "loaders" / "requirements" / "locks"
+def test_a_lock_of_another_python_is_left(quick: Path) -> None:
+    locks = quick / "loaders" / "requirements" / "locks"
     locks.mkdir()
     (locks / "parent.txt").write_text("beta==7.7\n", encoding="utf-8")
     lines: list[str] = []
-    setup = installer(begun, lines)
+    setup = installer(quick, lines)
     setup.ensure("parent")
     assert setup.overlays.marker("parent")["packages"]["beta"] == "1.0"
     assert any("do not fit this Python" in line for line in lines)
@@ -327,8 +329,8 @@ def test_pip_lines_become_progress(tmp_path: Path) -> None:
     assert fractions[-1] < 1.0
 
 
-def test_a_marker_is_json_that_names_its_python(begun: Path) -> None:
-    setup = installer(begun)
+def test_a_marker_is_json_that_names_its_python(quick: Path) -> None:
+    setup = installer(quick)
     setup.ensure("parent")
     text = (setup.overlays.env_dir("parent") / MARKER).read_text(encoding="utf-8")
     assert json.loads(text)["python"].startswith("3.")
