@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,15 +89,15 @@ def wait(condition: Callable[[], Any], timeout_s: float = 20.0) -> Any:
     raise AssertionError("the condition did not come true in time")
 
 
-def start_server(folder: Path, *flags: str) -> Server:
-    """server.py on a free port, its data below `folder` (with a space and an umlaut in its path)."""
+def start_server(folder: Path, *flags: str, root: Path = ROOT, environment: Mapping[str, str] = os.environ) -> Server:
+    """server.py of `root` on a free port, its data below `folder` (with a space and an umlaut in its path)."""
     data = folder / "user dätä"
     presets = folder / "presets"
     presets.mkdir(parents=True, exist_ok=True)
     (folder / "models").mkdir(exist_ok=True)
     command = [
         sys.executable,
-        str(ROOT / "server.py"),
+        str(root / "server.py"),
         "--listen-port",
         "0",
         "--user-data-dir",
@@ -106,11 +106,9 @@ def start_server(folder: Path, *flags: str) -> Server:
         str(presets),
     ]
     command += ["--model-dir", str(folder / "models"), "--no-background-install", *flags]
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    variables = {**environment, "PYTHONUNBUFFERED": "1"}
     log = (folder / "server.log").open("a", encoding="utf-8")
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True, encoding="utf-8"
-    )
+    process = subprocess.Popen(command, cwd=root, env=variables, stdout=subprocess.PIPE, stderr=log, text=True, encoding="utf-8")
     log.close()
     assert process.stdout is not None
     line = process.stdout.readline()

@@ -31,7 +31,9 @@ export async function refreshModels() {
 export function startModels() {
   on('models', take);
   on('resync', refreshModels);
-  on('library', debounce(() => refreshModels().then(() => window.switchyard?.refreshControls()), 200));
+  const readAgain = debounce(() => refreshModels().then(() => window.switchyard?.refreshControls()), 200);
+  on('library', readAgain);
+  on('install', ({ state }) => state === 'done' && readAgain()); // a backend that has come takes models that none took
   return refreshModels();
 }
 
