@@ -130,8 +130,8 @@ def estimate(shape: Shape, options: Mapping[str, Any], machine: Machine) -> Memo
     in_file = plain and not gpu and not options["lora"] and _STORED.get(stored) == dtype
     looked_up = 0 if shape.tied else shape.embedding * width
     loading = 4 * shape.largest
-    if shape.quantization is None and not plain:  # bitsandbytes holds what it has read beside what it has made of it (measured)
-        loading = 3 * shape.matrices // 2 if options["load_in_4bit"] else shape.matrices * max(width - 1, 0) + loading
+    if shape.quantization is None and options["load_in_8bit"]:  # bitsandbytes holds what it has read beside it (measured)
+        loading += shape.matrices * max(width - 1, 0)
     context = context_of(shape, options)
     cache = shape.cache_elements(context) * width + shape.state
     compute = prefill_bytes(shape, min(int(options["prefill_chunk"]), context), context) + layer_cache(shape, context, width)

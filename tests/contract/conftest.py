@@ -124,9 +124,7 @@ def bench(row: Row, overlays: Overlays, loop: asyncio.AbstractEventLoop, request
 
 @pytest.fixture
 def fresh(row: Row, overlays: Overlays, loop: asyncio.AbstractEventLoop, request: pytest.FixtureRequest) -> Iterator[Bench]:
-    """A worker of its own, nothing loaded yet."""
-    if row.variant:
-        pytest.skip("a process of its own is tried with another row of this loader")
+    """A worker of its own, nothing loaded yet; only for a loader's first row (see `pytest_collection_modifyitems`)."""
     bench = Bench(row, overlays, loop, request.getfixturevalue("ray_engine") if row.ray else None)
     yield bench
     bench.close()
@@ -144,6 +142,28 @@ def ray_engine(
     engine.settings = RaySettings()
     yield engine
     loop.run_until_complete(engine.close())
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the rows that a test is not about, before a worker is started for them.
+
+    `@pytest.mark.rows(loader=…, model=…)` names them; `fresh` breaks processes with one row of each loader.
+    """
+    out = [item for item in items if not _concerned(item)]
+    if out:
+        items[:] = [item for item in items if item not in set(out)]
+        config.hook.pytest_deselected(items=out)
+
+
+def _concerned(item: pytest.Item) -> bool:
+    row = getattr(item, "callspec", None) and item.callspec.params.get("row")  # type: ignore[attr-defined]
+    if not isinstance(row, Row):
+        return True
+    if row.variant and "fresh" in getattr(item, "fixturenames", ()):
+        return False
+    mark = item.get_closest_marker("rows")
+    wanted = mark.kwargs if mark else {}
+    return wanted.get("loader", row.loader) == row.loader and wanted.get("model", "") in row.id
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

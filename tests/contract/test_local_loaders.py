@@ -42,11 +42,6 @@ def row(request: pytest.FixtureRequest, overlays: Any) -> Row:
     return row
 
 
-def only(bench: Bench, loader: str) -> None:
-    if bench.row.loader != loader:
-        pytest.skip(f"about {loader}")
-
-
 def needs(bench: Bench, feature: str) -> None:
     if feature in bench.row.lacks:
         pytest.skip(f"this build lacks {feature}")
@@ -153,8 +148,8 @@ def test_a_bias_forces_a_token(bench: Bench) -> None:
     assert bench.generate(STORY, sampling=values, stop=StopParams(max_tokens=3, ignore_eos=True)).ids == [other] * 3
 
 
+@pytest.mark.rows(loader="transformers")
 def test_beams(bench: Bench) -> None:
-    only(bench, "transformers")
     answer = bench.generate(STORY, sampling=sampling.check({"num_beams": 3, "temperature": 0.5}), stop=LONG)
     assert len(answer.ids) == 40 and answer.end.applied["num_beams"] == 3
     assert set(answer.end.ignored) == {"temperature"}
@@ -233,8 +228,8 @@ def test_json_schema(bench: Bench, seed: int) -> None:
     assert value["name"] in ("Lily", "Tim") and isinstance(value["age"], int) and len(value["toys"]) <= 2
 
 
+@pytest.mark.rows(loader="transformers")
 def test_beams_and_a_form_are_refused_together(bench: Bench) -> None:
-    only(bench, "transformers")
     with pytest.raises(UnsupportedParameter):
         bench.generate(STORY, grammar='root ::= "yes"', sampling={"num_beams": 2})
 
@@ -275,10 +270,9 @@ def test_token_ids_outside_the_vocabulary(bench: Bench) -> None:
 # --- same model, two loaders --------------------------------------------------------------------------------------
 
 
+@pytest.mark.rows(model="stories")
 @pytest.mark.shared
 def test_hf_and_gguf_give_the_same_greedy_text(bench: Bench, shared: Path) -> None:
-    if "stories" not in bench.row.id:
-        pytest.skip("about stories260K")
     text = bench.generate(STORY, stop=StopParams(max_tokens=60)).text
     assert text == (
         ", there was a little girl named Lily. She loved to play outside in the park. One day, she saw a big, red ball. "
@@ -315,6 +309,7 @@ def test_loading_tells_how_far_it_is(fresh: Bench) -> None:
 # --- load options -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rows(loader="llamacpp")
 @pytest.mark.parametrize(
     "options",
     [
@@ -326,26 +321,23 @@ def test_loading_tells_how_far_it_is(fresh: Bench) -> None:
     ids=str,
 )
 def test_llamacpp_options(fresh: Bench, options: dict[str, Any]) -> None:
-    only(fresh, "llamacpp")
     fresh.load(**options)
     assert len(fresh.generate(STORY, stop=LONG).ids) == 40
 
 
+@pytest.mark.rows(loader="llamacpp", model="stories")  # heads smaller than a quantisation block
 def test_a_context_that_cannot_be_made_is_typed(fresh: Bench) -> None:
-    only(fresh, "llamacpp")
-    if "stories" not in fresh.row.id:
-        pytest.skip("needs heads smaller than a quantisation block")
     with pytest.raises(IncompatibleModel, match="input params" if "server" in fresh.row.id else "q8_0"):
         fresh.load(cache_type_k="q8_0")
     fresh.load()
     assert fresh.generate(STORY).text
 
 
+@pytest.mark.rows(loader="transformers")
 @pytest.mark.parametrize(
     "options", [{"load_in_4bit": True, "use_double_quant": True}, {"load_in_8bit": True}, {"dtype": "bfloat16"}], ids=str
 )
 def test_transformers_number_formats(fresh: Bench, options: dict[str, Any]) -> None:
-    only(fresh, "transformers")
     fresh.load(**options)
     assert fresh.client.info is not None
     quantization = fresh.client.info.quantization
@@ -354,8 +346,8 @@ def test_transformers_number_formats(fresh: Bench, options: dict[str, Any]) -> N
     assert len(fresh.generate(STORY, stop=LONG).ids) == 40
 
 
+@pytest.mark.rows(loader="transformers")
 def test_transformers_keeps_what_does_not_fit_on_disk(fresh: Bench, tmp_path: Path) -> None:
-    only(fresh, "transformers")
     fresh.load(cpu=True, cpu_memory=0.0005, disk=True, disk_cache_dir=str(tmp_path / "offload"))
     assert fresh.client.info is not None and "disk" in fresh.client.info.device_map
     assert fresh.generate(STORY, stop=StopParams(max_tokens=5, ignore_eos=True)).ids
@@ -369,10 +361,8 @@ def _noise(count: int, scale: float) -> list[float]:
     return [rng.uniform(-scale, scale) for _ in range(count)]
 
 
+@pytest.mark.rows(loader="llamacpp", model="stories")
 def test_gguf_lora(fresh: Bench, tmp_path: Path) -> None:
-    only(fresh, "llamacpp")
-    if "stories" not in fresh.row.id:
-        pytest.skip("the adapter is made for stories260K")
     adapter = tmp_path / "adapter ü.gguf"
     metadata: dict[str, str | float] = {"general.type": "adapter", "general.architecture": "llama", "adapter.type": "lora"}
     tensors = {
@@ -403,10 +393,8 @@ def write_safetensors(path: Path, tensors: dict[str, tuple[tuple[int, ...], list
     path.write_bytes(struct.pack("<Q", len(head)) + head + data)
 
 
+@pytest.mark.rows(loader="transformers", model="stories")
 def test_peft_lora(fresh: Bench, tmp_path: Path) -> None:
-    only(fresh, "transformers")
-    if "stories" not in fresh.row.id:
-        pytest.skip("the adapter is made for stories260K")
     adapter = tmp_path / "adapter ü"
     adapter.mkdir()
     config = {
@@ -437,8 +425,8 @@ def test_peft_lora(fresh: Bench, tmp_path: Path) -> None:
 # --- bad files ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.rows(loader="llamacpp")
 def test_bad_gguf_files_are_typed_and_the_worker_lives(fresh: Bench, tmp_path: Path) -> None:
-    only(fresh, "llamacpp")
     good = model_path(fresh).read_bytes()
     bad = {
         "empty": b"",
@@ -461,8 +449,8 @@ def test_bad_gguf_files_are_typed_and_the_worker_lives(fresh: Bench, tmp_path: P
     assert fresh.generate(STORY).text
 
 
+@pytest.mark.rows(loader="transformers")
 def test_bad_folders_are_typed_and_the_worker_lives(fresh: Bench, tmp_path: Path) -> None:
-    only(fresh, "transformers")
     source = model_path(fresh)
     config = json.loads((source / "config.json").read_text(encoding="utf-8"))
 
