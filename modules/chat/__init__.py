@@ -6,5 +6,5 @@ templates        the model's template, rendered by template_process
 store            what a chat store is; places says which one it is
 store_*          the store on SQLite and on PostgreSQL, with what both have in common
 database, schema_sql, postgres, presence     what is below them
-transfer, copying                            conversations as JSON; from one store to another
+transfer, transcript, copying                conversations as JSON; as Markdown; from one store to another
 """

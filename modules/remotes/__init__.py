@@ -2,5 +2,5 @@
 
 store   the saved servers           address, connection   where a name may lead, and HTTP to it
 watch   what is known of each now   listing               a server's model list, read with care
-cli     server.py remote
+route   straight or by a proxy      cli                   server.py remote
 """

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from modules import reach
-from modules.config import parse
+from modules.command_line import parse
 from modules.errors import ConfigError, InvalidParameter, RemoteError
 from modules.remotes import cli
 from modules.remotes.address import check_proxy, without_password
