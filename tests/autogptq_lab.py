@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
 import torch
+from serve_lab import serve
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -235,22 +235,6 @@ def refusals(folder: Path) -> Any:
 EXPERIMENTS = {work.__name__: work for work in (bundled, newer_files, quantised, refusals)}
 
 
-def main(place: str) -> None:
-    import os
-
-    torch.set_num_threads(1)
-    sink = os.fdopen(os.dup(1), "w", encoding="utf-8", buffering=1)
-    os.dup2(2, 1)
-    for line in sys.stdin:
-        folder = Path(place) / line.strip()
-        folder.mkdir(parents=True)
-        try:
-            answer: dict[str, Any] = {"result": EXPERIMENTS[line.strip()](folder)}
-        except Exception:
-            answer = {"error": traceback.format_exc()[-4000:]}
-        sink.write(json.dumps(answer) + "\n")
-        sink.flush()
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    torch.set_num_threads(1)
+    serve(EXPERIMENTS, sys.argv[1])

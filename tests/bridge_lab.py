@@ -92,6 +92,5 @@ def architectures(folder: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     result = {"reference": reference, "architectures": architectures}[sys.argv[1]](*sys.argv[2:])
     print(json.dumps(result))

@@ -15,6 +15,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).
 
 import models_lab  # noqa: E402
 import torch  # noqa: E402
+from serve_lab import serve  # noqa: E402
 
 from loaders import _gptq_build, _gptq_choose, _gptq_cpu, _gptq_decoder, _gptq_load  # noqa: E402
 from loaders._gptq_linear import GptqLinear  # noqa: E402
@@ -255,4 +256,4 @@ def from_tensors(folder: Path) -> Any:
 EXPERIMENTS = {item.__name__: item for item in (products, saturated, trial, no_kernel, families, decoder, from_tensors)}
 
 if __name__ == "__main__":
-    models_lab.serve(EXPERIMENTS, sys.argv[1])
+    serve(EXPERIMENTS, sys.argv[1])

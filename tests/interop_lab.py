@@ -21,7 +21,6 @@ import models_lab as lab  # noqa: E402
 def main(folder: str, cases: str) -> None:
     from transformers import LlamaConfig
 
-    torch.set_num_threads(1)
     root = Path(folder)
     # wide enough for the kernels of all libraries
     config = LlamaConfig(**lab.configs()["llama"].to_dict() | {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32})

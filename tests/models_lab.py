@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
 import sys
-import traceback
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +16,8 @@ sys.path.insert(0, str(ROOT))
 from modules.errors import AppError  # noqa: E402
 from modules.quantize import _job  # noqa: E402
 from modules.quantize.settings import QuantizeSettings  # noqa: E402
+
+torch.set_num_threads(1)  # tiny matrices: a second thread costs more than it gains, most of all on a busy machine
 
 TEXT = (ROOT / "modules" / "quantize" / "calibration.txt").read_text(encoding="utf-8")
 CONTEXT = 128
@@ -142,19 +140,3 @@ def error_of(call: Any) -> list[str]:
     except AppError as error:
         return [error.code, str(error)]
     return ["none", ""]
-
-
-def serve(experiments: Mapping[str, Callable[[Path], Any]], folder: str) -> None:
-    """Run the experiments that stdin names; a line of JSON for each: {"result"} or {"error"}."""
-    torch.set_num_threads(1)  # tiny matrices: a second thread costs more than it gains, most of all on a busy machine
-    answers = sys.stdout
-    for line in sys.stdin:
-        target = Path(folder) / line.strip()
-        target.mkdir(parents=True)
-        try:
-            with contextlib.redirect_stdout(sys.stderr):
-                answer = {"result": experiments[line.strip()](target)}
-        except Exception:
-            answer = {"error": traceback.format_exc()}
-        shutil.rmtree(target)
-        print(json.dumps(answer), file=answers, flush=True)

@@ -11,7 +11,8 @@ from typing import Any
 
 import quantize_faults_lab as faults
 import torch
-from models_lab import CONTEXT, TEXT, configs, error_of, make_model, quantize, reference, run_checkpoint, serve
+from models_lab import CONTEXT, TEXT, configs, error_of, make_model, quantize, reference, run_checkpoint
+from serve_lab import serve
 
 from loaders import _gptq_linear as kernels
 from loaders._gptq_tensors import Unpacked

@@ -55,7 +55,8 @@ def on_gpu(bench: Bench) -> None:
 def lab(gpu: None, overlays: Overlays, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     if not overlays.has_module("transformers", "transformers"):
         pytest.skip("the Transformers environment is not installed")
-    yield from run_lab(overlays, "transformers", "gpu_lab.py", tmp_path_factory.mktemp("gpu lab"))
+    with run_lab(overlays, "transformers", "gpu_lab.py", tmp_path_factory.mktemp("gpu lab")) as run:
+        yield run
 
 
 def test_torch_sees_the_card(lab: Lab) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
 from collections.abc import Callable, Iterator
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 Lab = Callable[[str], Any]
 
 
-def run_lab(overlays: Overlays, overlay: str, script: str, folder: Path) -> Iterator[Lab]:
+@contextlib.contextmanager
+def run_lab(overlays: Overlays, overlay: str, script: str, folder: Path, **env: str) -> Iterator[Lab]:
     """Yields a function that runs an experiment once, all in one process; asked again it gives the same result."""
     results: dict[str, Any] = {}
     log = folder / "stderr.txt"
@@ -24,7 +26,7 @@ def run_lab(overlays: Overlays, overlay: str, script: str, folder: Path) -> Iter
         log.open("wb") as errors,
         subprocess.Popen(
             [str(overlays.python(overlay)), str(ROOT / "tests" / script), str(folder / "work")],
-            env=overlays.worker_env(overlay),
+            env=overlays.worker_env(overlay) | env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,

@@ -179,7 +179,8 @@ def test_an_environment_that_needs_cuda_is_of_no_use_without(monkeypatch: pytest
 def lab(overlays: Overlays, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
     if not overlays.has_module("autogptq", "auto_gptq"):
         pytest.skip("auto-gptq is not in the autogptq environment: it has wheels for Python 3.10 and 3.11 on x86-64 only")
-    yield from run_lab(overlays, "autogptq", "autogptq_lab.py", tmp_path_factory.mktemp("lab mödel"))
+    with run_lab(overlays, "autogptq", "autogptq_lab.py", tmp_path_factory.mktemp("lab mödel")) as run:
+        yield run
 
 
 def test_both_kernels_give_the_dequantised_weights_logits(lab: Lab) -> None:

@@ -8,7 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +17,11 @@ import pytest
 from loaders.gptq_for_llama import SPEC
 from modules.convert.unpickle import convert_pickle
 from tests.conftest import ROOT
+from tests.unit.lab import Lab, run_lab
 
 if TYPE_CHECKING:
     from modules.overlays import Overlays
 
-Lab = Callable[[str], Any]
 _NO_COMPILER = "there is no C compiler, or this is Windows: the compiled kernel is not offered"
 
 
@@ -30,37 +30,15 @@ def lab(overlays: Overlays, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """Run an experiment once, all in one process; a later test of this module gets the same result."""
     if not overlays.has_module("transformers", "transformers"):
         pytest.skip("the Transformers environment is not installed")
-    folder = tmp_path_factory.mktemp("gptq läb")
-    results: dict[str, Any] = {}
-    log = folder / "stderr.txt"
-    with (
-        log.open("wb") as errors,
-        subprocess.Popen(
-            [str(overlays.python("transformers")), str(ROOT / "tests" / "gptq_lab.py"), str(folder / "work")],
-            env=overlays.worker_env("transformers"),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            encoding="utf-8",
-        ) as process,
-    ):
-        assert process.stdin is not None and process.stdout is not None
+    with run_lab(overlays, "transformers", "gptq_lab.py", tmp_path_factory.mktemp("gptq läb")) as ask:
 
         def run(name: str) -> Any:
-            if name not in results:
-                process.stdin.write(name + "\n")  # type: ignore[union-attr]
-                process.stdin.flush()  # type: ignore[union-attr]
-                line = process.stdout.readline()  # type: ignore[union-attr]
-                assert line, log.read_text(encoding="utf-8", errors="replace")[-4000:]
-                results[name] = json.loads(line)
-            assert "error" not in results[name], results[name]["error"]
-            if results[name]["result"] is None:
+            result = ask(name)
+            if result is None:
                 pytest.skip(_NO_COMPILER)
-            return results[name]["result"]
+            return result
 
         yield run
-        process.stdin.close()
 
 
 def test_every_kernel_is_a_choice() -> None:

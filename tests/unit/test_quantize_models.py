@@ -8,7 +8,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,7 @@ from modules.overlays import Overlays
 from modules.quantize.process import QuantizeJob, quantize
 from modules.quantize.settings import QuantizeSettings
 from tests.conftest import ROOT
-
-Lab = Callable[[str], Any]
+from tests.unit.lab import Lab, run_lab
 
 
 @pytest.fixture(scope="module")
@@ -29,36 +28,10 @@ def lab(overlays: Overlays, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """Run an experiment once, all in one process; a later test of this module gets the same result."""
     if not overlays.has_module("transformers", "transformers"):
         pytest.skip("the Transformers environment is not installed")
-    folder = tmp_path_factory.mktemp("lab mödel")
-    results: dict[str, Any] = {}
-    log = folder / "stderr.txt"
-    with (
-        log.open("wb") as errors,
-        subprocess.Popen(
-            [str(overlays.python("transformers")), str(ROOT / "tests" / "quantize_lab.py"), str(folder / "work")],
-            # glibc gives large blocks back at once: what is asked for is then what the process takes, in out_of_memory
-            env=overlays.worker_env("transformers") | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            encoding="utf-8",
-        ) as process,
-    ):
-        assert process.stdin is not None and process.stdout is not None
-
-        def run(name: str) -> Any:
-            if name not in results:
-                process.stdin.write(name + "\n")  # type: ignore[union-attr]
-                process.stdin.flush()  # type: ignore[union-attr]
-                line = process.stdout.readline()  # type: ignore[union-attr]
-                assert line, log.read_text(encoding="utf-8", errors="replace")[-4000:]
-                results[name] = json.loads(line)
-            assert "error" not in results[name], results[name]["error"]
-            return results[name]["result"]
-
+    # glibc gives large blocks back at once: what is asked for is then what the process takes, in out_of_memory
+    blocks = {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+    with run_lab(overlays, "transformers", "quantize_lab.py", tmp_path_factory.mktemp("lab mödel"), **blocks) as run:
         yield run
-        process.stdin.close()
 
 
 # --- one layer -------------------------------------------------------------------------------------------------
