@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modules.config import Config, check, loader_option_rows, server_options
-from modules.errors import ConfigError
+from modules.errors import AppError, ConfigError
 from modules.foreign_flags import adopt
 from modules.options import ROOT, Formatter, Option, Parser, add_options, build_parser, sample_file
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Collection, Coroutine, Mapping, Sequence
 
 
 @dataclass(frozen=True)
@@ -228,6 +228,21 @@ def read_settings(path: Path, rows: Sequence[Option]) -> dict[str, Any]:
             raise ConfigError(f"{path}: unknown key {key!r}." + (f" Did you mean {close[0]!r}?" if close else ""))
         values[row.name] = row.convert(value, f"{path}: {key}")
     return values
+
+
+def exit_status(work: Coroutine[Any, Any, None], stopped: str) -> int:
+    """Do a subcommand's work: 0 done, 1 failed, 130 interrupted, the last two with a line that says so."""
+    import asyncio  # not before a command line has been read: it takes a while
+
+    try:
+        asyncio.run(work)
+    except KeyboardInterrupt:
+        print(f"\n{stopped}", file=sys.stderr)
+        return 130
+    except AppError as error:
+        print(f"Switchyard: {error}", file=sys.stderr)
+        return 1
+    return 0
 
 
 def print_problem(error: ConfigError) -> int:

@@ -15,12 +15,12 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from modules.errors import Conflict, IncompatibleModel, InvalidParameter, NotFound
+from modules.errors import Conflict, InvalidParameter, NotFound
 from modules.events import EventBus, revision
 from modules.job_queue import JobQueue, failure
 from modules.overlays import read_json, write_json
 from modules.paths import confine
-from modules.quantize.process import QuantizeJob, default_out, quantize
+from modules.quantize.process import QuantizeJob, check_source, default_out, quantize
 from modules.quantize.settings import QuantizeSettings, check_settings, complete_settings
 
 if TYPE_CHECKING:
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
     from modules.library import Library
     from modules.overlays import Overlays
-    from modules.schema import ModelFiles
 
     Run = Callable[..., Awaitable[Any]]
 
@@ -216,17 +215,6 @@ class Quantizations:
             return self._jobs[job_id]
         except KeyError:
             raise NotFound("There is no such quantisation.", param="id") from None
-
-
-def check_source(model: ModelFiles) -> None:
-    """Raise IncompatibleModel for what can't be quantised."""
-    if model.problem:
-        raise IncompatibleModel(model.problem)
-    if model.format != "hf" or model.quantization:
-        raise IncompatibleModel(
-            f"{model.id} is no plain Hugging Face folder.",
-            hint="Quantise from the original model's safetensors in 16 or 32 bits.",
-        )
 
 
 def settings_of(values: dict[str, Any]) -> QuantizeSettings:

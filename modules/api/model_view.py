@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from modules.errors import AppError
 from modules.overlays import env_specs, start_script
-from modules.quantizations import check_source
+from modules.quantize.process import check_source
 from modules.registry import rank
 from modules.schema import to_wire
 

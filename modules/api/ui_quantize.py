@@ -12,7 +12,7 @@ from modules.api.ui_body import Body
 from modules.errors import AppError, InvalidParameter
 from modules.evaluate import texts
 from modules.paths import confine
-from modules.quantizations import check_source
+from modules.quantize.process import check_source
 from modules.quantize.settings import BITS, ENGINES, GROUP_SIZES, METHODS, complete_settings
 
 if TYPE_CHECKING:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from modules.command_line import exit_status
 from modules.convert.flexgen import convert_flexgen
 from modules.convert.gguf import AUTO, ConvertJob, convert, library_types
 from modules.convert.unpickle import convert_pickle
 from modules.detect import find_model
-from modules.errors import AppError
 from modules.progress_line import ProgressLine
 
 if TYPE_CHECKING:
@@ -52,24 +51,11 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace, config: Any) -> int:
     """Exit status: 0 done, 1 failed, 2 wrong arguments, 130 interrupted."""
-    if args.list_types:
-        return _finish(_list_types())
-    if not args.source:
+    if not args.list_types and not args.source:
         print("Switchyard: convert needs a MODEL: a name under the model folder, or a path.", file=sys.stderr)
         return 2
-    return _finish(_convert(args, config))
-
-
-def _finish(work: Any) -> int:
-    try:
-        asyncio.run(work)
-    except KeyboardInterrupt:
-        print("\nStopped; nothing was left behind that looks like a model.", file=sys.stderr)
-        return 130
-    except AppError as error:
-        print(f"Switchyard: {error}", file=sys.stderr)
-        return 1
-    return 0
+    work = _list_types() if args.list_types else _convert(args, config)
+    return exit_status(work, "Stopped; nothing was left behind that looks like a model.")
 
 
 async def _list_types() -> None:

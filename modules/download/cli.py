@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modules.errors import AppError
+from modules.command_line import exit_status
 from modules.progress_line import ProgressLine
 from modules.schema import LoadProgress
 
@@ -44,15 +43,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace, config: Any) -> int:
     """Exit status: 0 done, 1 failed, 130 interrupted."""
-    try:
-        asyncio.run(_run(args, config))
-    except KeyboardInterrupt:
-        print("\nStopped. The same command goes on where it stopped.", file=sys.stderr)
-        return 130
-    except AppError as error:
-        print(f"Switchyard: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(_run(args, config), "Stopped. The same command goes on where it stopped.")
 
 
 async def _run(args: argparse.Namespace, config: Any) -> None:

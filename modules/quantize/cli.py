@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from modules.command_line import exit_status
 from modules.detect import find_model
-from modules.errors import AppError, IncompatibleModel
-from modules.quantize.process import QuantizeJob, default_out, quantize
+from modules.quantize.process import QuantizeJob, check_source, default_out, quantize
 from modules.quantize.provenance import described, read_provenance
 from modules.quantize.settings import BITS, ENGINES, FORMATS, GROUP_SIZES, METHODS, QuantizeSettings, complete_settings
-
-if TYPE_CHECKING:
-    from modules.schema import ModelFiles
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -79,19 +75,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace, config: Any) -> int:
     """Exit status: 0 done, 1 failed, 130 interrupted."""
-    try:
-        if args.show:
-            model = find_model(args.source, config.model_dirs, allow_paths=True)
-            print("\n".join(described(read_provenance(Path(model.path)))))
-        else:
-            asyncio.run(_quantize(args, config))
-    except KeyboardInterrupt:
-        print("\nStopped. The same command goes on after the last finished block.", file=sys.stderr)
-        return 130
-    except AppError as error:
-        print(f"Switchyard: {error}", file=sys.stderr)
-        return 1
-    return 0
+    work = _show if args.show else _quantize
+    return exit_status(work(args, config), "Stopped. The same command goes on after the last finished block.")
 
 
 def settings_of(args: argparse.Namespace) -> QuantizeSettings:
@@ -115,9 +100,14 @@ def settings_of(args: argparse.Namespace) -> QuantizeSettings:
     return complete_settings({name: value for name, value in given.items() if value is not None})
 
 
+async def _show(args: argparse.Namespace, config: Any) -> None:
+    model = find_model(args.source, config.model_dirs, allow_paths=True)
+    print("\n".join(described(read_provenance(Path(model.path)))))
+
+
 async def _quantize(args: argparse.Namespace, config: Any) -> None:
     model = find_model(args.source, config.model_dirs, allow_paths=True)
-    _check_source(model)
+    check_source(model)
     settings = settings_of(args)
     base = Path(model.path)
     out = args.out.expanduser().resolve() if args.out else default_out(base, settings, Path(config.model_dir))
@@ -125,16 +115,6 @@ async def _quantize(args: argparse.Namespace, config: Any) -> None:
     done = await quantize(job, print_event)
     size = f"{done.size_bytes / 1e6:,.1f} MB"
     print(f"{done.path} ({size}, {done.layers} layers, mean loss {done.mean_loss:.2e}, {done.seconds:.0f} s)")
-
-
-def _check_source(model: ModelFiles) -> None:
-    if model.problem:
-        raise IncompatibleModel(model.problem)
-    if model.format != "hf" or model.quantization:
-        raise IncompatibleModel(
-            f"{model.id} is no plain Hugging Face folder.",
-            hint="Quantise from the original model's safetensors in 16 or 32 bits.",
-        )
 
 
 def print_event(event: dict[str, Any]) -> None:

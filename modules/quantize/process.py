@@ -8,12 +8,15 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from modules.child_process import Ended, run_job
-from modules.errors import BackendUnavailable, LoadError, LoadOutOfMemory
+from modules.errors import BackendUnavailable, IncompatibleModel, LoadError, LoadOutOfMemory
 from modules.overlays import Overlays, start_script
 from modules.quantize.settings import QuantizeSettings, check_settings
+
+if TYPE_CHECKING:
+    from modules.schema import ModelFiles
 
 # Engine -> (environment, what must be in it, its title).
 ENVIRONMENTS = {
@@ -45,6 +48,17 @@ class Quantized:
     seconds: float
     mean_loss: float
     layers: int
+
+
+def check_source(model: ModelFiles) -> None:
+    """Raise IncompatibleModel for what can't be quantised."""
+    if model.problem:
+        raise IncompatibleModel(model.problem)
+    if model.format != "hf" or model.quantization:
+        raise IncompatibleModel(
+            f"{model.id} is no plain Hugging Face folder.",
+            hint="Quantise from the original model's safetensors in 16 or 32 bits.",
+        )
 
 
 def default_out(base: Path, settings: QuantizeSettings, folder: Path | None = None) -> Path:
