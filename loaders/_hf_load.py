@@ -136,6 +136,8 @@ def load(path: str, options: dict[str, Any], progress: Progress) -> Loaded:
     info = _describe(Parts(path, options, model, tokenizer, config), notes, torch)
     if vision is not None:
         info = replace(info, image_token=vision.token, image_tokens=vision.cost())
+    elif blind:
+        info = replace(info, no_images=blind)
     return Loaded(model, TextCodec(tokenizer), info, _input_device(model, torch), vision)
 
 

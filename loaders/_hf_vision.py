@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import io
-import struct
-import warnings
-import zlib
 from dataclasses import dataclass
 from typing import Any
 
-from modules import images
-from modules.errors import InvalidImage, InvalidParameter
-
-_FORMATS = tuple(kind.upper() for kind in images.KINDS.values())
+from loaders._pictures import check_marks, decode
 
 
 @dataclass(frozen=True)
@@ -36,14 +28,8 @@ class Vision:
 
     def read(self, prompt: str, files: tuple[str, ...], *, add_special: bool) -> Seen:
         """`files` are images in base64. Raises InvalidImage, and InvalidParameter for another number of marks in the prompt."""
-        marks = prompt.count(self.token)
-        if marks != len(files):
-            raise InvalidParameter(
-                f"The prompt has {marks} places for images ({self.token}) and {len(files)} images were sent.",
-                hint="Leave the model's own mark for images out of the text.",
-                param="messages",
-            )
-        pictures = [decode(base64.b64decode(file)) for file in files]
+        check_marks(prompt, self.token, files)
+        pictures = [decode(file) for file in files]
         made = self._processor(text=[prompt], images=pictures, return_tensors="pt", add_special_tokens=add_special)
         ids = [int(token) for token in made["input_ids"][0]]
         tensors = {name: value for name, value in made.items() if name not in ("input_ids", "attention_mask")}
@@ -78,26 +64,3 @@ def open_vision(path: str, config: Any) -> tuple[Vision | None, str]:
     except Exception as error:  # the same: a processor is code of many makers
         return None, f"Its images can't be read: {str(error).splitlines()[0][:200]}"
     return vision, ""
-
-
-def decode(data: bytes) -> Any:
-    """An image file as an upright RGB picture of Pillow, what is transparent on white. Raises InvalidImage."""
-    from PIL import Image, ImageOps
-
-    images.check(data)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture: Image.Image = Image.open(io.BytesIO(data), formats=_FORMATS)
-            picture.load()
-            picture = ImageOps.exif_transpose(picture)
-            if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA"):
-                picture = picture.convert("RGBA")
-                return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
-            return picture.convert("RGB")
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError) as error:
-        raise InvalidImage(
-            "The image is damaged.", hint="Send another copy of it.", detail={"reason": "broken", "why": str(error)[:200]}
-        ) from None
-    except Image.DecompressionBombWarning:
-        raise InvalidImage("The image has too many pixels.", hint="Make it smaller.", detail={"reason": "pixels"}) from None

@@ -5,13 +5,16 @@ The KV cache stays between requests; only what a prompt does not share with the 
 
 from __future__ import annotations
 
+import ctypes
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from loaders._llama_capi import AbortCallback, Token
 from loaders._llama_guidance import guidance
 from loaders._llama_sampling import NativeSampler
+from loaders._llama_vision import Prompt, Span
 from loaders._process import peak_memory
 from modules.assemble import TokenAssembler
 from modules.detokenize import ByteDetokenizer
@@ -44,7 +47,7 @@ class LlamaRunner:
         self._model, self._lib = model, model.lib
         self.info = model.info
         self._memory = self._lib.llama_get_memory(model.ctx)
-        self._ids: list[int] = []  # what the KV cache holds
+        self._ids: list[int] = []  # what the KV cache holds, as in Prompt.ids
         try:
             self._decode([self._first_id()])  # the first pass sets up buffers: not in the first request's time
         except GenerateOutOfMemory as error:
@@ -53,20 +56,36 @@ class LlamaRunner:
 
     # --- generation -----------------------------------------------------------------------------------------
 
-    def prompt_ids(self, request: GenerationRequest) -> list[int]:
-        """The request's prompt as ids, checked before native code sees them. An empty prompt is BOS, or EOS without one."""
+    def _prompt(self, request: GenerationRequest) -> AbstractContextManager[Prompt]:
+        """The request's prompt, whose images are good inside the block."""
+        if not request.images:
+            return nullcontext(Prompt(self._prompt_ids(request)))
+        if self._model.vision is None:
+            raise UnsupportedParameter("This model reads no images.", hint=self.info.no_images, param="messages")
+        if request.echo:
+            raise UnsupportedParameter("A prompt with images can't be echoed.", hint="Leave echo out.", param="echo")
+        return self._model.vision.read(request.prompt or "", request.images, add_special=request.add_special)
+
+    def _prompt_ids(self, request: GenerationRequest) -> list[int]:
+        """Checked before native code sees them. An empty prompt is BOS, or EOS without one."""
         if request.token_ids is not None:
             ids = list(request.token_ids)
             if any(not 0 <= i < self._model.n_vocab for i in ids):
                 raise InvalidParameter(f"A token id is outside the vocabulary of {self._model.n_vocab}.", param="prompt")
         else:
             ids = self._model.encode(request.prompt or "", request.add_special)
-        ids = ids or [self._first_id()]
-        if len(ids) >= self.info.context_length:
+        return ids or [self._first_id()]
+
+    def _check_length(self, prompt: Prompt) -> int:
+        """The prompt's tokens. Raises ContextLengthExceeded."""
+        length = prompt.tokens(len(prompt.ids))
+        if length >= self.info.context_length:
             raise ContextLengthExceeded(
-                f"The prompt has {len(ids)} tokens; this model's context holds {self.info.context_length}.", hint=_SHORTER
+                f"The prompt has {length} tokens; this model's context holds {self.info.context_length}.", hint=_SHORTER
             )
-        return ids
+        if prompt.spans and prompt.spans[-1].end == len(prompt.ids):
+            raise InvalidParameter("The prompt ends in an image.", hint="Put words behind it.", param="messages")
+        return length
 
     def generate(
         self,
@@ -78,11 +97,24 @@ class LlamaRunner:
     ) -> Iterator[Event | None]:
         """`grammar` is GBNF for llama.cpp; `constraint` holds the answer to a form instead of it."""
         started = time.perf_counter()
+        with self._prompt(request) as prompt:
+            yield from self._generate(prompt, started, request, cancel, grammar, ignored, constraint)
+
+    def _generate(
+        self,
+        prompt: Prompt,
+        started: float,
+        request: GenerationRequest,
+        cancel: CancelToken,
+        grammar: str | None,
+        ignored: dict[str, str],
+        constraint: Constraint | None,
+    ) -> Iterator[Event | None]:
         model = self._model
-        ids = self.prompt_ids(request)
+        length, ids = self._check_length(prompt), prompt.words
         special = not request.sampling.get("skip_special_tokens", True)
         detokenizer = ByteDetokenizer(lambda token: model.piece(token, special))
-        assembler = TokenAssembler(request, detokenizer, model.eos_ids, self.info.context_length - len(ids), constraint)
+        assembler = TokenAssembler(request, detokenizer, model.eos_ids, self.info.context_length - length, constraint)
         sampler = NativeSampler(model, request.sampling, ids, grammar=grammar, end_ids=assembler.end_ids, constraint=constraint)
         held = grammar is not None or constraint is not None
         guide, guided = None, {}
@@ -91,15 +123,16 @@ class LlamaRunner:
         first = last = 0.0
         try:
             guide, guided = guidance(model, request.sampling, ids, assembler.limit)
-            cached = self._reuse(ids)
-            for done in self._prefill(ids, cached, cancel):
-                yield PrefillProgress(request.request_id, done, len(ids))
+            cached = self._reuse(prompt)
+            for done in self._prefill(prompt, cached, cancel):
+                yield PrefillProgress(request.request_id, prompt.tokens(done), length)
             if request.echo:
                 yield self._echo(request, ids)
             if guide is not None:
                 guide.start(cancel)
-            one = (Token * 1)()
+            one, place = (Token * 1)(), (ctypes.c_int32 * 1)()
             batch = self._lib.llama_batch_get_one(one, 1)
+            batch.pos = place
             decode, context, read = self._lib.llama_decode, model.ctx, self._ids
             token: int | None = None
             while assembler.finish_reason is None:
@@ -118,7 +151,7 @@ class LlamaRunner:
                 if event is not None:
                     yield event
                 if assembler.finish_reason is None and token is not None:
-                    one[0] = token
+                    one[0], place[0] = token, len(read)
                     status = decode(context, batch)
                     if status:
                         self._raise_decode(status)
@@ -132,7 +165,7 @@ class LlamaRunner:
         yield Done(
             request.request_id,
             assembler.finish_reason,
-            Usage(len(ids), assembler.count, cached),
+            Usage(length, assembler.count, prompt.tokens(cached)),
             Timings((first or time.perf_counter()) - started, max(last - first, 0.0)),
             stop_match=assembler.stop_match,
             peak_memory_bytes=peak_memory(),
@@ -144,13 +177,14 @@ class LlamaRunner:
     def _first_id(self) -> int:
         return self._model.bos_id if self._model.bos_id >= 0 else min(self._model.eos_ids, default=0)
 
-    def _reuse(self, prompt: Sequence[int]) -> int:
+    def _reuse(self, prompt: Prompt) -> int:
         """Cut the KV cache down to what it shares with `prompt` (at least the last token is left over: its logits are needed);
-        the number of tokens that need not be computed again."""
-        shared = 0
-        limit = min(len(self._ids), len(prompt) - 1)
-        while shared < limit and self._ids[shared] == prompt[shared]:
+        the number of positions that need not be computed again. An image is shared as a whole or not at all."""
+        shared, ids = 0, prompt.ids
+        limit = min(len(self._ids), len(ids) - 1)
+        while shared < limit and self._ids[shared] == ids[shared]:
             shared += 1
+        shared = next((span.start for span in prompt.spans if span.start < shared < span.end), shared)
         if shared == 0 or (shared < len(self._ids) and not self._lib.llama_memory_seq_rm(self._memory, 0, shared, -1)):
             self._forget()  # a recurrent state can't go back
             return 0
@@ -161,25 +195,51 @@ class LlamaRunner:
         self._lib.llama_memory_clear(self._memory, True)
         self._ids.clear()
 
-    def _prefill(self, ids: list[int], cached: int, cancel: CancelToken) -> Iterator[int]:
-        """Tokens in the cache after each batch; stops early when cancelled, in mid-batch too."""
-        abort = AbortCallback(lambda _: cancel.cancelled) if len(ids) - cached > _WORTH_ABORTING else None
+    def _prefill(self, prompt: Prompt, cached: int, cancel: CancelToken) -> Iterator[int]:
+        """Positions in the cache after each batch; stops early when cancelled, in mid-batch too."""
+        ids = prompt.ids
+        long = bool(prompt.spans) or len(ids) - cached > _WORTH_ABORTING
+        abort = AbortCallback(lambda _: cancel.cancelled) if long else None
         if abort is not None:
             self._model.set_abort(abort)
         try:
-            for start in range(cached, len(ids), self._model.n_batch):
-                if cancel.cancelled:
-                    return
-                self._decode(ids[start : start + self._model.n_batch], aborting=cancel)
+            images = {span.start: span for span in prompt.spans if span.start >= cached}
+            stops = sorted({*images, len(ids)})
+            while len(self._ids) < len(ids) and not cancel.cancelled:
+                start = len(self._ids)
+                if start in images:
+                    self._see(images[start], ids, cancel)
+                else:
+                    stop = next(place for place in stops if place > start)
+                    self._decode(ids[start : min(stop, start + self._model.n_batch)], aborting=cancel)
                 yield len(self._ids)
         finally:
             if abort is not None:
                 self._model.set_abort(None)
 
+    def _see(self, span: Span, ids: Sequence[int], cancel: CancelToken) -> None:
+        """Put an image into the cache. A cancelled one leaves nothing of itself there."""
+        vision = self._model.vision
+        assert vision is not None
+        vectors = vision.encode(span)
+        if cancel.cancelled:
+            return
+        status = vision.decode(span, vectors)
+        if not status:
+            self._ids.extend(ids[span.start : span.end])
+        elif status != _ABORTED or not cancel.cancelled:
+            self._raise_decode(status)
+        elif not self._lib.llama_memory_seq_rm(self._memory, 0, span.start, -1):
+            self._forget()
+
     def _decode(self, ids: Sequence[int], aborting: CancelToken | None = None) -> None:
         """Run these tokens after those in the cache; logits of the last one."""
         tokens = (Token * len(ids))(*ids)
-        status = self._lib.llama_decode(self._model.ctx, self._lib.llama_batch_get_one(tokens, len(ids)))
+        first = len(self._ids)
+        places = (ctypes.c_int32 * len(ids))(*range(first, first + len(ids)))  # behind an image llama.cpp would count otherwise
+        batch = self._lib.llama_batch_get_one(tokens, len(ids))
+        batch.pos = places
+        status = self._lib.llama_decode(self._model.ctx, batch)
         if status == _ABORTED and aborting is not None and aborting.cancelled:
             kept = int(self._lib.llama_memory_seq_pos_max(self._memory, 0)) + 1 - len(self._ids)
             self._ids.extend(ids[: max(kept, 0)])
@@ -264,8 +324,6 @@ class LlamaRunner:
         return list((total / length if length else total).tolist())
 
     def _decode_with_all_logits(self, ids: Sequence[int]) -> None:
-        import ctypes
-
         tokens = (Token * len(ids))(*ids)
         batch = self._lib.llama_batch_get_one(tokens, len(ids))
         wanted = (ctypes.c_int8 * len(ids))(*([1] * len(ids)))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from loaders._llama_capi import AbortCallback, LlamaLibrary, LogCallback, ProgressCallback, Token
 from loaders._llama_memory import MOST_CONTEXT_BY_DEFAULT
+from loaders._llama_vision import open_vision, projector_for
 from modules.detect.ggml_types import FILE_TYPES
 from modules.errors import CorruptModel, IncompatibleModel, InvalidParameter, LoadError, LoadOutOfMemory
 from modules.samplers import SequenceBreakers
@@ -29,6 +30,7 @@ NARROW_HEAD = 32
 NUMA = {"off": 0, "distribute": 1, "isolate": 2, "numactl": 3}
 _WARNING = 3
 _CONTINUED = 5
+OUT_OF_MEMORY = re.compile(r"allocat|out of memory|ENOMEM|mmap failed.*memory")
 _SMALLER = "Choose a smaller context, a quantised cache (cache_type_k, cache_type_v), or a smaller quantisation of the model."
 
 
@@ -58,6 +60,7 @@ class LlamaModel:
     def __init__(self, lib: LlamaLibrary, path: str, options: dict[str, Any], progress: Progress) -> None:
         if not Path(path).is_file():
             raise LoadError(f"There is no file at {path}.", hint="Refresh the model list: it was moved or deleted.")
+        projector = projector_for(Path(path), options)  # says what is wrong before anything is read
         self.lib = lib
         self.path = path
         self.log = Log()
@@ -75,9 +78,14 @@ class LlamaModel:
         trained = int(lib.llama_model_n_ctx_train(self._model))
         self.context_length = options["ctx_size"] or min(trained, MOST_CONTEXT_BY_DEFAULT)
         self.n_batch = max(options["batch_size"], 1)
-        progress(LoadProgress("Making the context"))
         self._options = options
         self._adapters = self._open_adapters(options)
+        self.vision, self._no_images = open_vision(self, projector, options, self._threads()[1], progress)
+        self.n_ubatch = min(options["ubatch_size"], self.n_batch)
+        if self.vision is not None and not self.vision.causal:  # such an image goes through in one piece
+            self.n_ubatch = max(self.n_ubatch, self.vision.largest)
+            self.n_batch = max(self.n_batch, self.n_ubatch)
+        progress(LoadProgress("Making the context"))
         self.ctx = self.new_context(self.context_length)
         self.eos_ids = frozenset(i for i in range(self.n_vocab) if lib.llama_vocab_is_eog(self.vocab, i))
         self.breakers = SequenceBreakers(self.n_vocab, lambda token: self.piece(token).decode("utf-8", "replace"))
@@ -90,8 +98,15 @@ class LlamaModel:
 
     def close(self) -> None:
         """Free context and model; nothing else may be called afterwards."""
+        if self.vision is not None:
+            self.vision.close()
         self.lib.llama_free(self.ctx)
         self.lib.llama_model_free(self._model)
+
+    @property
+    def handle(self) -> int:
+        """llama.cpp's own pointer."""
+        return self._model
 
     # --- opening --------------------------------------------------------------------------------------------
 
@@ -132,16 +147,21 @@ class LlamaModel:
             return "off"
         return str(options["flash_attn"])
 
+    def _threads(self) -> tuple[int, int]:
+        """(for decoding, for prompts and images)."""
+        threads = self._options["threads"] or default_threads()
+        return threads, self._options["threads_batch"] or threads
+
     def new_context(self, length: int) -> int:
         """A context of `length` tokens with the load's options and adapters; whoever makes another one than `ctx` frees it."""
         options = self._options
-        threads = options["threads"] or default_threads()
+        threads, threads_batch = self._threads()
         params = self.lib.context_params(
             n_ctx=length,
             n_batch=self.n_batch,
-            n_ubatch=min(options["ubatch_size"], self.n_batch),
+            n_ubatch=self.n_ubatch,
             n_threads=threads,
-            n_threads_batch=options["threads_batch"] or threads,
+            n_threads_batch=threads_batch,
             rope_scaling_type=ROPE_SCALING[options["rope_scaling"]],
             rope_freq_base=options["rope_freq_base"],
             rope_freq_scale=options["rope_freq_scale"],
@@ -189,6 +209,8 @@ class LlamaModel:
         notes = tuple(f"LoRA {Path(p).name}" for p in options["lora"])
         if trained and self.context_length > trained and options["rope_freq_scale"] == 0 and options["rope_scaling"] == "auto":
             notes += (f"The context of {self.context_length} is beyond the {trained} tokens the model was trained on.",)
+        if self.vision is not None:
+            notes += (f"Images are read with {self.vision.path.name}.",)
         eos = int(lib.llama_vocab_eos(self.vocab))
         return ModelInfo(
             name=Path(self.path).stem,
@@ -205,9 +227,13 @@ class LlamaModel:
             eos_token=self.piece(eos, special=True).decode("utf-8", "replace") if eos >= 0 else None,
             eos_token_ids=tuple(sorted(self.eos_ids)),
             device_map=self._device_shares(options["gpu_layers"]),
-            memory_bytes=int(lib.llama_model_size(self._model)),
+            memory_bytes=int(lib.llama_model_size(self._model)) + (self.vision.path.stat().st_size if self.vision else 0),
             engine=f"{lib.engine} ({lib.path.name})",
             notes=notes,
+            image_token=self.vision.token if self.vision else None,
+            image_tokens=self.vision.cost if self.vision else 0,
+            image_inline=True,
+            no_images=self._no_images,
         )
 
     def _device_shares(self, gpu_layers: int) -> dict[str, float]:
@@ -314,12 +340,12 @@ def default_threads() -> int:
 def load_error(lines: list[str]) -> LoadError:
     """What llama.cpp's log says about a model that did not load."""
     text = "\n".join(lines)
-    reason = _first([line for line in lines if "error loading model" in line] or lines)
+    reason = first_reason(lines, "error loading model")
     if "unknown model architecture" in text:
         return IncompatibleModel(f"llama.cpp can't run this model: {reason}.", hint="Update llama.cpp, or use another loader.")
     if "pre-tokenizer" in text and "unknown" in text:
         return IncompatibleModel(f"llama.cpp does not know this tokenizer: {reason}.", hint="Update llama.cpp.")
-    if re.search(r"allocat|out of memory|ENOMEM|mmap failed.*memory", text):
+    if OUT_OF_MEMORY.search(text):
         return LoadOutOfMemory("The memory is too small for this model.", hint=_SMALLER)
     return CorruptModel(
         f"llama.cpp can't read the file: {reason}.", hint="Download it again; the file may be incomplete or damaged."
@@ -329,6 +355,11 @@ def load_error(lines: list[str]) -> LoadError:
 def _first(lines: Sequence[str]) -> str:
     """The first line, which names the cause; those after it follow from it."""
     return _reason(lines[0]) if lines else "it gave no reason"
+
+
+def first_reason(lines: Sequence[str], word: str) -> str:
+    """The first line with `word` in it, else the first, as the end of a sentence."""
+    return _first([line for line in lines if word in line] or lines)
 
 
 def _reason(line: str) -> str:

@@ -32,11 +32,14 @@ def estimate(shape: Shape, options: Mapping[str, Any], machine: Machine) -> Memo
     moved = _repacked(shape, machine) if not gpu else 0
     own = weights if options["no_mmap"] else moved
     compute = _buffers(shape, steps, context, flash=options["flash_attn"] != "off")
+    sight = 0 if options["no_mmproj"] else shape.sight  # read into memory of its own
+    if sight:
+        compute = max(compute, shape.sight_buffers)
     looked_up = 0 if shape.tied else shape.embedding_bytes  # a row for each token
     read = int((weights - looked_up) * shape.active) + cache // 2
-    on_gpu = int(weights * gpu) + (0 if options["no_kv_offload"] else int(cache * gpu)) + (2 * compute if gpu else 0)
+    on_gpu = int(weights * gpu) + (0 if options["no_kv_offload"] else int(cache * gpu)) + (2 * compute + sight if gpu else 0)
     return Memory(
-        weights=own + shape.vocab * _PER_TOKEN_OF_VOCABULARY,
+        weights=own + shape.vocab * _PER_TOKEN_OF_VOCABULARY + (0 if gpu else sight),
         mapped=0 if options["no_mmap"] else int((weights - moved - looked_up) * (1 - gpu)),
         cache=int(cache * (1 - gpu)) if not options["no_kv_offload"] else cache,
         compute=compute,
@@ -56,6 +59,8 @@ def settings(shape: Shape, machine: Machine) -> list[Setting]:
         Setting({"cache_type_k": "q8_0", "cache_type_v": "q8_0", "flash_attn": "on"}, "8-bit cache", loss=1),
         Setting({"cache_type_k": "q4_0", "cache_type_v": "q4_0", "flash_attn": "on"}, "4-bit cache", loss=3),
     ]
+    if shape.sight:
+        caches.append(Setting({"no_mmproj": True}, "without images", loss=3))
     if not machine.gpus:
         return caches
     weights = sum(shape.stored.values()) or shape.file_bytes

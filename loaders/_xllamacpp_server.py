@@ -2,7 +2,8 @@
 
 Generation goes through `Server.handle_completions`, a function call. Only the tokenizer has no such call: it is asked over the
 server's own HTTP, on a Unix socket in a private folder, or, where Python has none (Windows), on a loopback port that takes only
-a random key this process alone knows. Two samplers' worth of features are less here: see `_request`.
+a random key this process alone knows. Two samplers' worth of features are less here: see `_request`. A projector is not
+opened: the server takes images by routes of its own only, whose prompts are not ours.
 """
 
 from __future__ import annotations
@@ -162,7 +163,8 @@ class ServerModel:
             device_map={_device(xllamacpp) if options["gpu_layers"] else "cpu": 1.0},
             memory_bytes=os.path.getsize(path),
             engine="xllamacpp (in-process server)",
-            notes=("No C interface in this build: a few samplers, scoring and echo are missing.",),
+            notes=("No C interface in this build: a few samplers, scoring, echo and images are missing.",),
+            no_images="This build of llama.cpp is driven through its server, which reads none; the compiled one does.",
         )
 
     def _params(self, xllamacpp: Any, path: str, options: dict[str, Any]) -> Any:

@@ -125,6 +125,21 @@ SPEC = LoaderSpec(
             advanced=True,
         ),
         OptionSpec("swa_full", "bool", False, "Sliding-window models: keep the whole cache, for reuse.", advanced=True),
+        OptionSpec(
+            "mmproj",
+            "path",
+            "",
+            "The projector (mmproj file) of a model that sees. Empty: the one in the model's folder.",
+            advanced=True,
+        ),
+        OptionSpec(
+            "no_mmproj",
+            "bool",
+            False,
+            "Leave the projector out: less memory, no images.",
+            aliases=("no-mmproj",),
+            advanced=True,
+        ),
         OptionSpec("lora", "paths", (), "LoRA adapters (GGUF files)."),
         OptionSpec("lora_scale", "str", "", "One scale per adapter: 1,0.5. Empty: 1 each.", advanced=True),
         OptionSpec("check_tensors", "bool", False, "Look for invalid numbers in the weights while loading.", advanced=True),
@@ -137,11 +152,14 @@ SPEC = LoaderSpec(
             advanced=True,
         ),
     ),
-    features=frozenset({"logprobs", "echo", "grammar", "json_schema", "regex", "lora", "score", "embeddings"}),
+    features=frozenset({"logprobs", "echo", "grammar", "json_schema", "regex", "lora", "score", "embeddings", "vision"}),
     overlay="llamacpp",
     probe=("xllamacpp", "numpy"),
     devices=("cpu", "cuda", "rocm", "metal", "vulkan"),
-    notes=("Samplers that llama.cpp lacks run in our own implementation.",),
+    notes=(
+        "Samplers that llama.cpp lacks run in our own implementation.",
+        "Models with their mmproj file in the same folder read images.",
+    ),
 )
 
 

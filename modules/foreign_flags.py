@@ -122,7 +122,6 @@ _TABLE: dict[str, ForeignFlag] = {
     "--spec-ngram-min-hits": ForeignFlag(_NO_DRAFT, 1),
     "--cpu-moe": ForeignFlag(_NOT_YET),
     "--parallel": ForeignFlag("requests to one model wait in a fair queue.", 1),
-    "--mmproj": ForeignFlag("models take text only.", 1),
     "--trust-remote-code": ForeignFlag("a model's own Python code is never run."),
     "--enable-thinking": ForeignFlag(_PER_REQUEST),
     "--preserve-thinking": ForeignFlag(_PER_REQUEST),

@@ -26,7 +26,7 @@ from typing import Any, BinaryIO
 
 from modules.errors import ProtocolError
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 HEADER = struct.Struct(">I")
 MESSAGES = frozenset(

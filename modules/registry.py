@@ -127,6 +127,7 @@ FORMAT_NAMES = {
     "lora": "a LoRA adapter",
     "remote": "a remote server",
     "echo": "the echo test model",
+    "mmproj": "a projector (mmproj)",
     "unknown": "an unknown format",
 }
 

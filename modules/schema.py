@@ -16,7 +16,9 @@ from typing import Any, Literal, TypeVar
 T = TypeVar("T")
 
 FinishReason = Literal["stop", "length", "cancelled"]
-ModelFormat = Literal["hf", "gguf", "gptq", "exl2", "exl3", "awq", "rwkv", "flexgen", "lora", "remote", "echo", "unknown"]
+ModelFormat = Literal[
+    "hf", "gguf", "gptq", "exl2", "exl3", "awq", "rwkv", "flexgen", "lora", "remote", "echo", "mmproj", "unknown"
+]
 
 
 # --- a request -------------------------------------------------------------------------------------------------
@@ -170,7 +172,8 @@ class Quantization:
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """What modules.detect found on disk, from the content and headers alone. `problem` says why it can't be loaded."""
+    """What modules.detect found on disk, from the content and headers alone. `problem` says why it can't be loaded. `projector`
+    is the file that reads images for this one; `size_bytes` and `files` hold it too."""
 
     id: str
     path: str
@@ -186,6 +189,7 @@ class ModelFiles:
     license: str | None = None
     bundled: bool = False
     vision: bool = False
+    projector: str | None = None
     files: tuple[str, ...] = ()
     problem: str | None = None
 
@@ -195,8 +199,9 @@ class ModelInfo:
     """What a loaded engine reports. `device_map` maps a device to the share of the weights on it. `slots` is how many generations
     it runs at once where that depends on its options; 0: as its loader says. `lacks` are features and samplers of its loader that
     this one model does without (a remote server that offers less); "tokenizer" among them: it has none that can be asked.
-    `image_token` stands for an image in a prompt; None: the model reads no images. `image_tokens` is about how many of the
-    context an image takes."""
+    `image_token` stands for an image in a prompt; None: the model reads no images, and `no_images` says why where there is more
+    to say. `image_tokens` is about how many of the context an image takes. `image_inline`: the engine puts in what the model
+    wants around an image, so `image_token` goes into the text of a message, whatever its template does with images."""
 
     name: str
     path: str
@@ -219,6 +224,8 @@ class ModelInfo:
     lacks: tuple[str, ...] = ()
     image_token: str | None = None
     image_tokens: int = 0
+    image_inline: bool = False
+    no_images: str = ""
 
 
 @dataclass(frozen=True, slots=True)

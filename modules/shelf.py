@@ -72,6 +72,14 @@ class Shelf:
         wanted = re.compile(re.escape(start) + r"-\d{5}-of-" + match[2] + re.escape(end))
         return root, sorted(part for part in path.parent.iterdir() if wanted.fullmatch(part.name))
 
+    def projector(self, model: ModelFiles) -> Path | None:
+        """The model's projector, unless another model in its folder uses it, too."""
+        if model.projector is None:
+            return None
+        path = Path(model.path).with_name(model.projector)
+        others = (m for m in self._library.list() if m.projector == model.projector and m.path != model.path)
+        return None if any(Path(other.path).parent == path.parent for other in others) else path
+
     def rename(self, model: ModelFiles, name: str) -> str:
         """Give it another name below its model folder; its saved settings come along. The new id.
 
@@ -88,7 +96,11 @@ class Shelf:
         for part, target in zip(parts, targets, strict=True):
             if target.exists() and not target.samefile(part):
                 raise Conflict(f"{target.name} exists already.", hint="Choose another name.")
-        self._move(list(zip(parts, targets, strict=True)))
+        moves = list(zip(parts, targets, strict=True))
+        projector = self.projector(model)
+        if projector is not None and targets[0].parent != projector.parent:
+            moves.append((projector, targets[0].with_name(projector.name)))
+        self._move(moves)
         new = targets[0].relative_to(root).as_posix()
         self._settings.rename(model.id, new)
         return new
@@ -96,12 +108,18 @@ class Shelf:
     def trash(self, model: ModelFiles) -> Trashed:
         """Put it into the trash, its saved settings with it. Raises Conflict, StorageError."""
         root, parts = self.parts(model)
+        projector = self.projector(model)
+        shared = 0
+        if projector is not None:
+            parts = [*parts, projector]
+        elif model.projector is not None:
+            shared = Path(model.path).with_name(model.projector).stat().st_size
         entry = Trashed(
             secrets.token_hex(6),
             model.id,
             parts[0].parent.relative_to(root).as_posix(),
             [part.name for part in parts],
-            model.size_bytes,
+            model.size_bytes - shared,
             time.time(),
             self._settings.entry(model.id),
         )

@@ -194,7 +194,7 @@ async def _render(made: Prepared, services: Services, resident: Resident) -> Non
         continued = messages[-1]["role"] == "assistant" and bool(messages[-1]["content"])
     made.prompt = await services.templates.render(
         template,
-        shape(messages, template, info.image_token if info else None),
+        shape(messages, template, info),
         True,
         info.bos_token if info else None,
         info.eos_token if info else None,

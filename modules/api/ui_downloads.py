@@ -10,7 +10,7 @@ from starlette.responses import JSONResponse
 
 from modules.api.ui_body import Body
 from modules.download.hub import list_repository, list_revisions
-from modules.download.plan import choose_files, variants
+from modules.download.plan import best_projector, choose_files, variants
 from modules.errors import ConfigError, InvalidParameter, UnsafeModel
 from modules.plan import verdict
 from modules.plan.machine import this_machine
@@ -131,6 +131,7 @@ def _shown(services: Services, repository: str, commit: str, files: list[RepoFil
         "commit": commit,
         "problem": problem,
         "chosen": chosen,
+        "projector": projector.path if (projector := best_projector(files)) is not None else None,
         "variants": [_variant(variant, machine) for variant in variants(files)],
         "files": rows[:MAX_SHOWN],
         "left_out": max(0, len(rows) - MAX_SHOWN),

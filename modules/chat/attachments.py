@@ -102,8 +102,9 @@ async def with_images(
             shown["parts"] = [*parts, {"type": "text", "text": words}]
         made.append(shown)
     if unseen:
+        why = f" {info.no_images}" if info is not None and info.no_images else ""
         count = "1 image was" if unseen == 1 else f"{unseen} images were"
-        warnings.append(f"{info.name if info else 'This model'} reads no images: {count} left out.")
+        warnings.append(f"{info.name if info else 'This model'} reads no images: {count} left out.{why}")
     if gone:
         warnings.append(f"{gone} of the images are no longer kept and were left out.")
     return made

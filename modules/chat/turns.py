@@ -197,7 +197,7 @@ class PromptBuilder:
         info = self._info
         return await self._renderer.render(
             self._template,
-            shape(messages, self._template, info.image_token if info else None),
+            shape(messages, self._template, info),
             True,
             info.bos_token if info else None,
             info.eos_token if info else None,

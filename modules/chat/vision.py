@@ -57,24 +57,29 @@ def check_sees(info: ModelInfo | None) -> None:
         hint = "Load a model with vision, or leave the image out."
         if info is not None and info.format == "remote":
             hint = "If it does where it runs, load it with vision=yes and chat_rendering=server; else leave the image out."
+        elif info is not None and info.no_images:
+            hint = info.no_images
         raise UnsupportedParameter(f"{name} no images.", hint=hint, param="messages")
 
 
-def shape(messages: Sequence[dict[str, Any]], template: str | None, image_token: str | None) -> list[dict[str, Any]]:
+def shape(messages: Sequence[dict[str, Any]], template: str | None, info: ModelInfo | None) -> list[dict[str, Any]]:
     """The messages as the template takes them. A template that knows parts gets parts (all messages do where it takes nothing
-    else); any other gets the words with the model's `image_token` in the images' places."""
-    if image_token is None:
+    else); any other gets the words with the model's `image_token` in the images' places. Where the engine puts in what belongs
+    around an image (`image_inline`), every template gets the words, in a part of their own where it takes nothing else."""
+    if info is None or info.image_token is None:
         return list(messages)
     knows = template is not None and _KNOWS_PARTS.search(template) is not None
     all_parts = knows and template is not None and not _TAKES_TEXT.search(template)
+    mark = info.image_token if knows else f"{info.image_token}\n"
     shaped = []
     for message in messages:
         parts = message.get("parts")
         plain = {key: value for key, value in message.items() if key != "parts"}
+        if parts and (info.image_inline or not knows):
+            plain["content"] = "".join(mark if part["type"] == "image" else part["text"] for part in parts)
+            parts = None
         if knows and (parts or all_parts):
-            given = parts or [{"type": "text", "text": message["content"]}]
+            given = parts or [{"type": "text", "text": plain["content"]}]
             plain["content"] = [{"type": "image"} if part["type"] == "image" else part for part in given]
-        elif parts:
-            plain["content"] = "".join(f"{image_token}\n" if part["type"] == "image" else part["text"] for part in parts)
         shaped.append(plain)
     return shaped

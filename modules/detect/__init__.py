@@ -9,7 +9,7 @@ sniff.py                the kind of a single file       examine.py      a path t
 draft.py                what an examiner has learned    listing.py      the models under some folders
 safetensors_header.py   gguf_header.py  ggml_types.py   the two header formats, checked strictly
 hf_folder.py            config.json and what belongs to it: weights.py, quantized.py, shapes.py, tokenizer.py, config_keys.py
-gguf_model.py  rwkv.py  flexgen.py  opt.py              the other formats
+gguf_model.py  projector.py  rwkv.py  flexgen.py  opt.py   the other formats
 remembered.py           what headers said, kept over a restart
 """
 
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from modules.detect.examine import examine
 from modules.detect.listing import find_model, list_models
+from modules.detect.projector import with_projector
 from modules.errors import IncompatibleModel
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ __all__ = ["check", "find_model", "inspect", "list_models"]
 
 def inspect(path: Path | str) -> ModelFiles:
     """What is at `path`. Never raises for bad content: `problem` then says what is wrong and what to do."""
-    return examine(Path(path), deep=False)[0]
+    return with_projector(examine(Path(path), deep=False)[0])
 
 
 def check(path: Path | str, *, adapter: bool = False) -> ModelFiles:

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 from modules.detect.draft import Draft, folder_files
 from modules.detect.flexgen import examine_flexgen, is_flexgen
+from modules.detect.gguf_header import first_keys
 from modules.detect.gguf_model import examine_gguf
 from modules.detect.hf_folder import examine_folder, examine_weights_file
+from modules.detect.projector import is_projector
 from modules.detect.rwkv import looks_like_rwkv, names_in_pickle
 from modules.detect.safetensors_header import read_safetensors_header
 from modules.detect.sniff import FileKind, lfs_size, no_model, sniff
@@ -60,6 +62,8 @@ def _examine_dir(path: Path, draft: Draft, *, deep: bool) -> None:
         examine_folder(path, draft, deep=deep)
         return
     ggufs = [name for name in files if name.endswith(".gguf") and ("-of-" not in name or "-00001-of-" in name)]
+    if len(ggufs) > 1:
+        ggufs = [name for name in ggufs if not is_projector(first_keys(path / name))]
     if len(ggufs) == 1:
         examine_gguf(path / ggufs[0], draft)
         return

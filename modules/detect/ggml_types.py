@@ -5,6 +5,8 @@ Source: gguf-py's constants (llama.cpp), as of llama-cpp-python 0.3.36.
 
 from __future__ import annotations
 
+import re
+
 # id: (name, elements per block, bytes per block)
 TENSOR_TYPES: dict[int, tuple[str, int, int]] = {
     0: ("F32", 1, 4),
@@ -83,3 +85,8 @@ FILE_TYPES: dict[int, str] = {
     40: "Q1_0",
     41: "Q2_0",
 }
+
+# A type in the name of a file, as publishers write it.
+GGUF_TYPE = re.compile(
+    r"(?<![a-z0-9])((?:ud-)?(?:i?q\d(?:_[a-z0-9]{1,2}){0,3}|tq\d_\d|bf16|f16|f32|mxfp4(?:_moe)?))(?![a-z0-9])", re.IGNORECASE
+)

@@ -30,6 +30,7 @@ MAX_KEPT_TOTAL = 4_000_000
 MAX_NAME_BYTES = 63  # ggml keeps 64 bytes with the closing zero
 MAX_ALIGNMENT = 1 << 20
 _DEFAULT_ALIGNMENT = 32
+_FIRST_KEYS = 64
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _FORMATS = {kind: struct.Struct("<" + code) for kind, code in _SCALARS.items()}
@@ -85,6 +86,21 @@ def read_gguf_header(path: Path) -> GgufHeader:
         size = file.seek(0, 2)
         file.seek(0)
         return _Parser(_Cursor(file, size, path.name)).read()
+
+
+def first_keys(path: Path) -> dict[str, Scalar]:
+    """The scalars and strings before the tokenizer's, as far as they can be read: enough to tell what a file is, in a moment.
+
+    Raises OSError only.
+    """
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        file.seek(0)
+        parser = _Parser(_Cursor(file, size, path.name))
+        try:
+            return parser.first_keys()
+        except LoadError:
+            return parser.values
 
 
 class _Cursor:
@@ -169,7 +185,8 @@ class _Parser:
         self.kept = 0
         self.strings = 0
 
-    def read(self) -> GgufHeader:
+    def _counts(self) -> tuple[int, int, int]:
+        """(version, tensors, keys) that the file claims to have."""
         cursor = self.cursor
         if cursor.size == 0:
             raise incomplete(self.name, 0, None)
@@ -183,6 +200,18 @@ class _Parser:
         # A tensor's entry takes at least 24 bytes, a key's at least 13: a count beyond the file's size is a lie.
         if key_count > MAX_KEYS or key_count * 13 > cursor.left:
             raise self._broken(f"it claims {key_count:,} metadata keys")
+        return version, tensor_count, key_count
+
+    def first_keys(self) -> dict[str, Scalar]:
+        _, _, key_count = self._counts()
+        for _ in range(min(key_count, _FIRST_KEYS)):
+            if self._key().startswith("tokenizer."):
+                break
+        return self.values
+
+    def read(self) -> GgufHeader:
+        cursor = self.cursor
+        version, tensor_count, key_count = self._counts()
         for _ in range(key_count):
             self._key()
         if tensor_count > MAX_TENSORS or tensor_count * 24 > cursor.left:
@@ -204,7 +233,7 @@ class _Parser:
         self._check_end(tensors, data_offset)
         return GgufHeader(version, self.values, self.lengths, tensors, cursor.size, data_offset)
 
-    def _key(self) -> None:
+    def _key(self) -> str:
         cursor = self.cursor
         length = cursor.u64()
         if not 0 < length <= 65_535:
@@ -223,6 +252,7 @@ class _Parser:
             self._array(key)
         else:
             raise self._broken(f"metadata key {shown(key)} has the unknown type {kind}")
+        return key
 
     def _string(self, key: str) -> None:
         cursor = self.cursor

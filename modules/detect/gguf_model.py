@@ -8,6 +8,7 @@ from pathlib import Path
 from modules.detect.draft import Draft, text
 from modules.detect.ggml_types import FILE_TYPES
 from modules.detect.gguf_header import GgufHeader, read_gguf_header
+from modules.detect.projector import is_projector
 from modules.detect.safetensors_header import shown
 from modules.errors import CorruptModel, IncompatibleModel
 from modules.schema import Quantization
@@ -21,7 +22,6 @@ _ENCODERS = frozenset(
     "bert nomic-bert nomic-bert-moe neo-bert jina-bert-v2 jina-bert-v3 modern-bert eurobert gemma-embedding t5encoder "
     "wavtokenizer-dec".split()
 )
-_PROJECTORS = frozenset({"clip", "mmproj"})
 
 
 def examine_gguf(path: Path, draft: Draft) -> None:
@@ -73,10 +73,11 @@ def _refuse_no_model(path: Path, header: GgufHeader, draft: Draft) -> None:
     if kind == "adapter":
         draft.format = "lora"
         return
-    if kind == "mmproj" or draft.architecture in _PROJECTORS or header.values.get("clip.has_vision_encoder") is True:
+    if is_projector(header.values):
+        draft.format = "mmproj"
         raise IncompatibleModel(
             f"{path.name} is a multimodal projector (mmproj), the part that reads images for another model; it can't chat.",
-            hint="Load the language model it belongs to.",
+            hint="Put it into the folder of the language model it belongs to, and load that one.",
         )
     if kind in ("imatrix", "vocab") or (draft.architecture and not header.tensors):
         what = "an importance matrix" if kind == "imatrix" else "a vocabulary without weights"

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from modules.detect.draft import UNFINISHED, folder_files, read_json
 from modules.detect.examine import examine
 from modules.detect.flexgen import is_flexgen
+from modules.detect.projector import with_projector
 from modules.detect.sniff import sniff
 from modules.errors import CorruptModel, ModelNotFound
 
@@ -47,7 +48,13 @@ def list_models(dirs: Iterable[Path], cache: HeaderCache | None = None) -> list[
 
     The id is the path below its folder with "/". What has not changed on disk is not read again. An id that an earlier
     folder already has gets its folder's name in front. Folders that can't be read are left out. `cache` remembers over a restart.
+    A projector (mmproj) is a part of the model beside it, and no model.
     """
+    return [model for model in _list_all(dirs, cache) if model.format != "mmproj"]
+
+
+def _list_all(dirs: Iterable[Path], cache: HeaderCache | None) -> list[ModelFiles]:
+    """Models and projectors."""
     found: dict[str, ModelFiles] = {}
     seen: set[str] = set()
     for root in dirs:
@@ -64,7 +71,9 @@ def list_models(dirs: Iterable[Path], cache: HeaderCache | None = None) -> list[
             found.setdefault(model.id, model)
     if cache is not None:
         cache.save(seen)
-    return sorted(found.values(), key=lambda model: model.id.lower())
+    with_projectors = {os.path.dirname(model.path) for model in found.values() if model.format == "mmproj"}
+    models = (with_projector(m) if os.path.dirname(m.path) in with_projectors else m for m in found.values())
+    return sorted(models, key=lambda model: model.id.lower())
 
 
 def find_model(name: str, dirs: Iterable[Path], *, allow_paths: bool = False, cache: HeaderCache | None = None) -> ModelFiles:
@@ -74,9 +83,10 @@ def find_model(name: str, dirs: Iterable[Path], *, allow_paths: bool = False, ca
     answer is the same for a file outside `dirs` and one that is not there.
     """
     roots = list(dirs)
-    models = list_models(roots, cache)
+    everything = _list_all(roots, cache)
+    models = [model for model in everything if model.format != "mmproj"]
     wanted = unicodedata.normalize("NFC", name).strip().strip("/")
-    for model in models:
+    for model in everything:  # a projector by its own name: `check` says what it is
         if model.id == wanted:
             return model
     folded = wanted.casefold()
@@ -87,7 +97,7 @@ def find_model(name: str, dirs: Iterable[Path], *, allow_paths: bool = False, ca
         path = Path(name).expanduser()
         if path.exists():
             listed = next((model for model in models if _same(Path(model.path), path)), None)
-            return listed or examine(path.resolve(), deep=False)[0]
+            return listed or with_projector(examine(path.resolve(), deep=False)[0])
     raise _not_found(name, [model.id for model in near or models], ambiguous=len(near) > 1)
 
 

@@ -59,6 +59,8 @@ async def _run(args: argparse.Namespace, config: Any) -> None:
     for path, reason in plan.skipped.items():
         print(f"skipped {path}: {reason}")
     print(f"{plan.repo} at {plan.commit[:12]}: {len(plan.files)} files, {plan.total_bytes / 1e6:,.1f} MB")
+    if plan.projector:
+        print(f"with {plan.projector}: the projector with which the model reads images")
     if args.list_only:
         for file in plan.files:
             print(f"  {file.size / 1e6:12,.1f} MB  {file.path}")

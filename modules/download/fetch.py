@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from modules.detect import inspect
 from modules.download.hub import Hub, check_names, folder_of, list_repository
-from modules.download.plan import DownloadPlan, RepoFile, choose_files
+from modules.download.plan import DownloadPlan, RepoFile, choose_files, names_projector
 from modules.download.transfer import fetch_file, matches, part_path
 from modules.errors import Conflict, StorageFull, StorageReadOnly
 
@@ -31,7 +31,7 @@ _MARGIN = 64_000_000
 @dataclass(frozen=True, slots=True)
 class DownloadRequest:
     """`folder` None: OWNER_NAME in the model folder. `stall_s`: how long the server may send nothing. `reserved_bytes`: what
-    other downloads still need of the same disk."""
+    other downloads still need of the same disk. `with_projector`: a GGUF's projector comes along."""
 
     repo: str
     model_dir: Path
@@ -40,6 +40,7 @@ class DownloadRequest:
     folder: Path | None = None
     stall_s: float = 30.0
     reserved_bytes: int = 0
+    with_projector: bool = True
 
     def target(self) -> Path:
         check_names(self.repo, self.revision)
@@ -82,7 +83,7 @@ async def plan_download(request: DownloadRequest, hub: Hub | None = None) -> Dow
     if hub is None:
         hub = await asyncio.to_thread(Hub.from_environment)
     commit, files = await list_repository(hub, request.repo, request.revision)
-    return choose_files(request.repo, commit, files, request.include)
+    return choose_files(request.repo, commit, files, request.include, with_projector=request.with_projector)
 
 
 async def download(
@@ -125,7 +126,7 @@ async def download(
 def _model_path(folder: Path, plan: DownloadPlan) -> Path:
     ggufs = [file.path for file in plan.files if file.path.endswith(".gguf")]
     if ggufs and not any(file.path.endswith(".safetensors") for file in plan.files):
-        return folder.joinpath(*ggufs[0].split("/"))
+        return folder.joinpath(*min(ggufs, key=names_projector).split("/"))
     return folder
 
 

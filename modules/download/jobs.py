@@ -247,6 +247,7 @@ class Downloads:
             tuple(glob.escape(path) for path in job.files),
             self._path(job),
             self._stall_s,
+            with_projector=not job.files,  # whoever names the files has chosen
         )
         plan = await plan_download(request, hub)
         self._change(

@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from modules.detect.ggml_types import GGUF_TYPE
 from modules.errors import InvalidParameter, UnsafeModel
 from modules.paths import name_problem
 
@@ -17,6 +18,7 @@ _OTHER_WEIGHTS = (".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite", ".
 _ARCHIVES = (".zip", ".7z", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".rar")
 _SIDECARS = (".json", ".jinja", ".model", ".tiktoken", ".md", ".txt", ".yaml", ".yml")
 _NAMED = re.compile(r"(licen[cs]e|notice|copying|readme|use_policy)\b.*", re.IGNORECASE)
+_PROJECTOR_TYPES = ("F16", "BF16", "Q8_0", "F32")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}(?=\.gguf$)")
 
 
@@ -32,20 +34,25 @@ class RepoFile:
 
 @dataclass(frozen=True, slots=True)
 class DownloadPlan:
-    """`skipped` maps a path to the reason, for the pickles, code and other forms a user may wonder about."""
+    """`skipped` maps a path to the reason, for the pickles, code and other forms a user may wonder about. `projector` is the path
+    of the one that comes along unasked."""
 
     repo: str
     commit: str
     files: tuple[RepoFile, ...]
     skipped: dict[str, str]
+    projector: str | None = None
 
     @property
     def total_bytes(self) -> int:
         return sum(file.size for file in self.files)
 
 
-def choose_files(repo: str, commit: str, files: Sequence[RepoFile], include: Sequence[str] = ()) -> DownloadPlan:
-    """Pick the files of `repo`. `include` patterns (shell style) name the weights wanted; configuration and tokenizer come along.
+def choose_files(
+    repo: str, commit: str, files: Sequence[RepoFile], include: Sequence[str] = (), *, with_projector: bool = True
+) -> DownloadPlan:
+    """Pick the files of `repo`. `include` patterns (shell style) name the weights wanted; configuration and tokenizer come along,
+    and with a GGUF the projector that reads its images (`with_projector`).
 
     Raises UnsafeModel when there are only pickles, InvalidParameter when a choice between several GGUFs is the user's, or when a
     pattern matches nothing.
@@ -61,15 +68,46 @@ def choose_files(repo: str, commit: str, files: Sequence[RepoFile], include: Seq
         _note_rest(weights, chosen, "not asked for", skipped)
     else:
         chosen = _default_weights(repo, weights, skipped)
+    projector = _companion(chosen, weights) if with_projector else None
+    if projector is not None:
+        chosen = [*chosen, projector]
+        skipped.pop(projector.path, None)
     if any(file.path.endswith(".gguf") for file in chosen) and not any(file.path.endswith(".safetensors") for file in chosen):
         sidecars = [file for file in sidecars if file.path.lower().endswith((".md", ".txt")) or _NAMED.fullmatch(file.path)]
     wanted = {file.path: file for file in (*chosen, *sidecars)}
-    return DownloadPlan(repo, commit, tuple(wanted[path] for path in sorted(wanted)), skipped)
+    fetched = tuple(wanted[path] for path in sorted(wanted))
+    return DownloadPlan(repo, commit, fetched, skipped, projector.path if projector is not None else None)
+
+
+def names_projector(path: str) -> bool:
+    """Whether a GGUF's name says that it is a projector; once it is here, detection asks its content."""
+    return path.endswith(".gguf") and "mmproj" in path.rpartition("/")[2].lower()
+
+
+def best_projector(files: Sequence[RepoFile]) -> RepoFile | None:
+    """The projector to take where a repository has several: F16, which every processor computes with."""
+    found = [file for file in files if names_projector(file.path)]
+
+    def rank(file: RepoFile) -> tuple[int, int, str]:
+        types = GGUF_TYPE.findall(file.path.rpartition("/")[2])
+        kind = types[-1].upper() if types else ""
+        return (_PROJECTOR_TYPES.index(kind) if kind in _PROJECTOR_TYPES else len(_PROJECTOR_TYPES), file.size, file.path)
+
+    return min(found, key=rank, default=None)
+
+
+def _companion(chosen: Sequence[RepoFile], weights: Sequence[RepoFile]) -> RepoFile | None:
+    """The projector for the chosen GGUFs, where none of them is one."""
+    ggufs = [file.path for file in chosen if file.path.endswith(".gguf")]
+    if not ggufs or any(names_projector(path) for path in ggufs):
+        return None
+    folders = {path.rpartition("/")[0] for path in ggufs}
+    return best_projector([file for file in weights if file.path.rpartition("/")[0] in folders])
 
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One form of the model in a repository: its safetensors, or one GGUF with all its parts."""
+    """One form of the model in a repository: its safetensors, or one GGUF with all its parts. A projector is one by itself."""
 
     label: str
     files: tuple[RepoFile, ...]
@@ -77,11 +115,6 @@ class Variant:
     @property
     def size_bytes(self) -> int:
         return sum(file.size for file in self.files)
-
-
-_GGUF_TYPE = re.compile(
-    r"(?<![a-z0-9])((?:ud-)?(?:i?q\d(?:_[a-z0-9]{1,2}){0,3}|tq\d_\d|bf16|f16|f32|mxfp4(?:_moe)?))(?![a-z0-9])", re.IGNORECASE
-)
 
 
 def variants(files: Sequence[RepoFile]) -> list[Variant]:
@@ -102,8 +135,9 @@ def variants(files: Sequence[RepoFile]) -> list[Variant]:
 def gguf_label(name: str) -> str:
     """Its type, as its name says; else the name itself."""
     stem = name.rpartition("/")[2].removesuffix(".gguf")
-    types = _GGUF_TYPE.findall(stem)
-    return f"projector {types[-1].upper()}" if types and "mmproj" in stem.lower() else types[-1].upper() if types else stem
+    types = GGUF_TYPE.findall(stem)
+    label = types[-1].upper() if types else stem
+    return f"projector {label}" if names_projector(name) else label
 
 
 def _plain_safetensors(files: Sequence[RepoFile]) -> list[RepoFile]:
@@ -144,7 +178,7 @@ def _default_weights(repo: str, weights: list[RepoFile], skipped: dict[str, str]
         _note_rest(weights, plain, "the safetensors are fetched", skipped)
         return plain
     ggufs = [file for file in weights if file.path.endswith(".gguf")]
-    models = {_SHARD.sub("", file.path) for file in ggufs if "mmproj" not in file.path.lower()}
+    models = {_SHARD.sub("", file.path) for file in ggufs if not names_projector(file.path)}
     if len(models) == 1:
         return [file for file in ggufs if _SHARD.sub("", file.path) in models]
     if models:

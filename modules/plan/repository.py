@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from modules.detect import inspect
 from modules.detect.gguf_header import read_gguf_header
 from modules.download.hub import list_repository
-from modules.download.plan import RepoFile, Variant, variants
+from modules.download.plan import RepoFile, Variant, best_projector, names_projector, variants
 from modules.download.wire import Retry, Wire
 from modules.errors import CorruptModel, DownloadError, InvalidParameter, LoadError
 from modules.plan.planner import order, ways_of
@@ -55,7 +55,7 @@ async def plan_repository(
 
 def _models(hub: Hub, repo: str, commit: str, files: Sequence[RepoFile], folder: Path) -> list[tuple[ModelFiles, Shape]]:
     found: list[tuple[ModelFiles, Shape]] = []
-    forms = [form for form in variants(files) if form.size_bytes and not form.label.startswith("projector")]
+    forms = [form for form in variants(files) if form.size_bytes and not names_projector(form.files[0].path)]
     if not forms:
         raise InvalidParameter(
             f"{repo} holds no weights this product reads.", hint="Choose one with .safetensors or .gguf files."
@@ -68,7 +68,8 @@ def _models(hub: Hub, repo: str, commit: str, files: Sequence[RepoFile], folder:
         found.append((model, read_shape(model)))
     if ggufs:
         model = _examined(hub, repo, commit, ggufs[0].files, folder / "gguf")
-        shape = read_shape(model)
+        projector = best_projector(files)
+        shape = dataclasses.replace(read_shape(model), sight=projector.size if projector is not None else 0)
         found += [resized(model, shape, form) for form in ggufs]
     return found
 

@@ -284,6 +284,7 @@ def _gguf(model: ModelFiles, path: Path) -> Shape:
     full = _FULL_EVERY.get(architecture, 1) if key("attention.sliding_window") else 1
     windowed = (keys + values) * (full - 1) // full
     ends = sum(tensor.elements for tensor in (embedding, output) if tensor)
+    sight, sight_buffers = _sight(path.with_name(model.projector)) if model.projector and model.vision else (0, 0)
     return Shape(
         "gguf",
         architecture,
@@ -310,9 +311,22 @@ def _gguf(model: ModelFiles, path: Path) -> Shape:
         window=key("attention.sliding_window") if windowed else 0,
         state=layers * hidden * 68 * 4 if key("ssm.state_size") or key("wkv.head_size") else 0,
         active=_share(experts, parameters - ends, key("expert_used_count"), key("expert_count")),
+        sight=sight,
+        sight_buffers=sight_buffers,
         path=model.path,
         gap=gap,
     )
+
+
+def _sight(path: Path) -> tuple[int, int]:
+    """Bytes of a projector's weights, and of what one image of its own size is computed in: the widest step of its transformer,
+    and the attention of all patches to all."""
+    header = read_gguf_header(path)
+    key = _reader(header, "clip.vision")
+    patches = (key("image_size") // max(key("patch_size"), 1)) ** 2
+    wide = 2 * key("feed_forward_length") + 4 * key("embedding_length")
+    buffers = 4 * patches * (wide + patches * key("attention.head_count"))
+    return sum(tensor.size_bytes for tensor in header.tensors.values()), buffers
 
 
 def _reader(header: GgufHeader, architecture: str) -> Any:

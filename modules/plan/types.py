@@ -54,6 +54,7 @@ class Shape:
     `windowed` the sum of both over layers that remember `window` tokens. `score_heads` are the attention heads of a layer.
     `state` is what a recurrent model keeps instead, however long the text. `active` is the share of `matrices` that a token reads
     (mixtures of experts). `packed` are the quantised matrices' elements (GPTQ), `largest` the largest matrix's.
+    `sight` is the weights of a GGUF's projector in bytes, `sight_buffers` what it computes an image in.
     `gap` says what the headers leave open, so that an estimate is only "at least".
     """
 
@@ -85,6 +86,8 @@ class Shape:
     window: int = 0
     state: int = 0
     active: float = 1.0
+    sight: int = 0
+    sight_buffers: int = 0
     version: str = ""
     path: str = ""
     config: Mapping[str, Any] = field(default_factory=dict, repr=False)

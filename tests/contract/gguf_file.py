@@ -1,15 +1,16 @@
-"""A GGUF writer of forty lines, for tests that need a small adapter or a broken file."""
+"""A GGUF writer of sixty lines, for tests that need a small adapter, a tiny model or a broken file."""
 
 from __future__ import annotations
 
 import struct
 from array import array
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-if TYPE_CHECKING:
-    from pathlib import Path
+Value = str | bool | int | float | Sequence[str] | Sequence[int] | Sequence[float]
 
-_STRING, _FLOAT = 8, 6
+_U32, _I32, _FLOAT, _BOOL, _STRING, _ARRAY = 4, 5, 6, 7, 8, 9
+_PACK = {_U32: "<I", _I32: "<i", _FLOAT: "<f", _BOOL: "<?"}
 _ALIGNMENT = 32
 
 
@@ -18,12 +19,28 @@ def _string(text: str) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-def write_gguf(path: Path, metadata: dict[str, str | float], tensors: dict[str, tuple[tuple[int, ...], list[float]]]) -> None:
-    """Strings and floats as metadata; float32 tensors given as (shape in ggml's order, values)."""
+def _plain(kind: int, value: object) -> bytes:
+    return _string(str(value)) if kind == _STRING else struct.pack(_PACK[kind], value)
+
+
+def _kind(value: object, integer: int) -> int:
+    return {str: _STRING, bool: _BOOL, int: integer, float: _FLOAT}[type(value)]
+
+
+def _value(value: Value) -> bytes:
+    """Its type and the value; integers are u32, in arrays i32. An empty array counts as one of strings."""
+    if isinstance(value, (str, bool, int, float)):
+        kind = _kind(value, _U32)
+        return struct.pack("<I", kind) + _plain(kind, value)
+    kind = _kind(value[0], _I32) if value else _STRING
+    return struct.pack("<IIQ", _ARRAY, kind, len(value)) + b"".join(_plain(kind, item) for item in value)
+
+
+def write_gguf(path: Path, metadata: Mapping[str, Value], tensors: Mapping[str, tuple[tuple[int, ...], Sequence[float]]]) -> None:
+    """float32 tensors are given as (shape in ggml's order, values)."""
     head = struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(metadata))
     for key, value in metadata.items():
-        body = struct.pack("<I", _STRING) + _string(value) if isinstance(value, str) else struct.pack("<If", _FLOAT, value)
-        head += _string(key) + body
+        head += _string(key) + _value(value)
     data = b""
     for name, (shape, values) in tensors.items():
         head += _string(name) + struct.pack(f"<I{len(shape)}Q", len(shape), *shape) + struct.pack("<IQ", 0, len(data))

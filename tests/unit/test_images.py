@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -92,14 +93,28 @@ BY_TYPE = "{% for p in m.content %}{% if p['type'] == 'image' %}<i>{% endif %}{%
 def test_parts_for_templates_that_know_them_and_marks_for_the_others() -> None:
     talk = [{"role": "system", "content": "Be brief."}, message("a", "!", "b")]
     as_parts = [{"type": "text", "text": "a"}, {"type": "image"}, {"type": "text", "text": "b"}]
-    assert shape(talk, None, "<i>")[1] == {"role": "user", "content": "a<i>\nb"}
-    assert shape(talk, "{{ m.content }}", "<i>")[1]["content"] == "a<i>\nb"
-    only_parts = shape(talk, BY_TYPE, "<i>")
+    info = ModelInfo("m", "/m", "transformers", "hf", image_token="<i>")
+    assert shape(talk, None, info)[1] == {"role": "user", "content": "a<i>\nb"}
+    assert shape(talk, "{{ m.content }}", info)[1]["content"] == "a<i>\nb"
+    only_parts = shape(talk, BY_TYPE, info)
     assert only_parts[1]["content"] == as_parts
     assert only_parts[0]["content"] == [{"type": "text", "text": "Be brief."}]
-    both = shape(talk, BY_TYPE + "{% if m.content is string %}", "<i>")
+    both = shape(talk, BY_TYPE + "{% if m.content is string %}", info)
     assert both[0]["content"] == "Be brief." and both[1]["content"] == as_parts
-    assert shape(talk[:1], BY_TYPE, None) == talk[:1]
+    assert shape(talk[:1], BY_TYPE, None) == talk[:1] == shape(talk[:1], BY_TYPE, replace(info, image_token=None))
+
+
+def test_an_engine_that_puts_in_what_belongs_around_an_image_gets_its_mark_in_the_words() -> None:
+    talk = [{"role": "system", "content": "Be brief."}, message("a", "!", "b")]
+    info = ModelInfo("m", "/m", "llamacpp", "gguf", image_token="<__m__>", image_inline=True)
+    assert shape(talk, "{{ m.content }}", info)[1] == {"role": "user", "content": "a<__m__>\nb"}
+    only_parts = shape(talk, BY_TYPE, info)
+    assert [m["content"] for m in only_parts] == [
+        [{"type": "text", "text": "Be brief."}],
+        [{"type": "text", "text": "a<__m__>b"}],
+    ]
+    both = shape(talk, BY_TYPE + "{% if m.content is string %}", info)
+    assert [m["content"] for m in both] == ["Be brief.", "a<__m__>b"]
 
 
 def test_images_of_a_conversation() -> None:
@@ -113,6 +128,9 @@ def test_who_sees() -> None:
     for blind in (None, info):
         with pytest.raises(UnsupportedParameter, match="no images"):
             check_sees(blind)
+    with pytest.raises(UnsupportedParameter) as caught:
+        check_sees(ModelInfo("m", "/m", "llamacpp", "gguf", no_images="Put its projector beside it."))
+    assert caught.value.hint == "Put its projector beside it."
     check_sees(ModelInfo("m", "/m", "transformers", "hf", image_token="<image>"))
     assert sees(ModelFiles("m", "/m", "hf", vision=True), None) and not sees(ModelFiles("m", "/m", "hf"), None)
 

@@ -116,6 +116,7 @@ export class Attachments {
   #say() {
     const resident = activeResident();
     const blind = resident?.state === 'ready' && !resident.info?.image_token;
-    this.note.textContent = blind ? `${modelName(resident)} reads no images: it will only get the words.` : '';
+    const why = resident?.info?.no_images ? ` ${resident.info.no_images}` : '';
+    this.note.textContent = blind ? `${modelName(resident)} reads no images: it will only get the words.${why}` : '';
   }
 }

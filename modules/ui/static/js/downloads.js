@@ -191,8 +191,19 @@ class DownloadForm {
       total.textContent = paths.size ? `${bytes(size)}${free ? `; the disk has ${bytes(free)} free` : ''}` : 'Choose at least one.';
       total.classList.toggle('sy-card-error', Boolean(free && size > free));
     };
+    // With a GGUF its projector comes along, until the user decides about projectors.
+    let decided = false;
+    const isProjector = (row) => row.files.every((path) => /mmproj[^/]*\.gguf$/i.test(path));
+    const changed = (row) => {
+      if (isProjector(row)) decided = true;
+      else if (!decided && found.projector) {
+        const wanted = ticks.some((other) => other.input.checked && !isProjector(other) && other.files.some((path) => path.endsWith('.gguf')));
+        for (const other of ticks) if (other.files.includes(found.projector)) other.input.checked = wanted;
+      }
+      count();
+    };
     const rows = found.variants.map((variant) => {
-      const row = tick(variant.label, variant.files.some((path) => usual.has(path)), { onchange: count, testid: 'download-variant' });
+      const row = tick(variant.label, variant.files.some((path) => usual.has(path)), { onchange: () => changed(row), testid: 'download-variant' });
       row.files = variant.files;
       ticks.push(row);
       return h('tr', { 'data-variant': variant.label }, h('th', { scope: 'row' }, row), h('td', { class: 'sy-number' }, bytes(variant.size_bytes)),
@@ -208,7 +219,7 @@ class DownloadForm {
     });
     count();
     return [
-      h('p', { class: 'sy-hint' }, `${found.repository} at ${found.commit.slice(0, 12)}, ${plural(found.files.length + found.left_out, 'file')}. Configuration, tokenizer and licence come along.`),
+      h('p', { class: 'sy-hint' }, `${found.repository} at ${found.commit.slice(0, 12)}, ${plural(found.files.length + found.left_out, 'file')}. Configuration, tokenizer and licence come along${found.projector ? '; so does, with a GGUF, the projector that reads images' : ''}.`),
       h('div', { class: 'sy-table-scroll', tabindex: '0', role: 'region', 'aria-label': 'Forms of the model' }, h('table', { class: 'sy-table' }, h('thead', {}, h('tr', {}, h('th', { scope: 'col' }, 'Form'), h('th', { scope: 'col', class: 'sy-number' }, 'Size'), h('th', { scope: 'col' }, 'On this machine'))), h('tbody', {}, rows))),
       single.length ? h('details', {}, h('summary', {}, `Other weights (${single.length})`), single.slice(0, MANY)) : '',
       skippedList(found),

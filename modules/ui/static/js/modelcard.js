@@ -74,6 +74,7 @@ export function modelCard(model) {
     parameters(model.parameters),
     model.context_length ? `context ${model.context_length.toLocaleString('en')}` : null,
     model.size_bytes ? bytes(model.size_bytes) : null,
+    model.vision ? (model.projector ? `reads images (${model.projector})` : 'reads images') : null,
     model.license ? `licence ${model.license}` : null,
     model.has_chat_template ? 'chat template' : model.format === 'lora' || model.problem ? null : 'no chat template',
   ];
