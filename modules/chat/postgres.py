@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import sqlalchemy
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
-from modules.chat.schema_sql import APPLICATION_ID, POSTGRESQL_MIGRATIONS, Migration
+from modules.chat.schema_sql import APPLICATION_ID, POSTGRESQL_MIGRATIONS, Migration, add_images_postgresql
 from modules.chat.store_search import Search
 from modules.errors import ConfigError, StorageError, StorageFull, StorageReadOnly, StorageUnreachable, StoreLocked
 
@@ -203,9 +203,10 @@ def migrate(engine: sqlalchemy.Engine, migrations: tuple[Migration, ...] = POSTG
                 "and was left alone.",
                 hint="Update this server, or choose another database.",
             )
-        if version == len(migrations):
-            return
         db.run("SET LOCAL statement_timeout = 0")
+        if version == len(migrations):
+            _add_images(db, connection)
+            return
         if version and (others := living(db)):
             raise StoreLocked(
                 f"The database has to be brought to a newer schema, and {len(others)} servers of the older version use it.",
@@ -215,6 +216,14 @@ def migrate(engine: sqlalchemy.Engine, migrations: tuple[Migration, ...] = POSTG
             step(_Driver(connection))
         db.run("INSERT INTO meta (key, value) VALUES ('schema', :version) ON CONFLICT (key) DO UPDATE SET value = excluded.value",
                version=str(len(migrations)))  # fmt: skip
+        _add_images(db, connection)
+
+
+def _add_images(db: Database, connection: sqlalchemy.Connection) -> None:
+    """Looked for first: to make the index if it is not there would hold up every writer, though it is there."""
+    found = db.one("SELECT to_regclass(:name) AS found", name=f"{SCHEMA}.images")
+    if found is None or found["found"] is None:
+        add_images_postgresql(_Driver(connection))
 
 
 def schema_version(db: Database) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from modules.chat.database import Database, SqliteDatabase
-from modules.chat.schema_sql import MIGRATIONS, Migration, migrate, version_of
+from modules.chat.schema_sql import MIGRATIONS, Migration, add_images, migrate, version_of
 from modules.chat.store import Notice
 from modules.chat.store_actions import Actions
 from modules.chat.store_files import (
@@ -137,6 +137,7 @@ class SqliteChatStore(SqlChatStore):
             self.backups.make(only_if_changed=False)  # the way back if the new version disappoints
         migrate(connection, self._migrations)
         with _transaction(connection):
+            add_images(connection)
             db = SqliteDatabase(connection, self._images)
             adopt(db, self._images)
             # No generation of an earlier process lives on.

@@ -213,6 +213,25 @@ async def test_files_that_nobody_knows_are_left_and_those_of_messages_are_taken_
     await store.close()
 
 
+async def test_a_database_that_an_older_version_has_used_is_completed(place: Place) -> None:
+    """It is of the same schema version, so that an update can be taken back: what is missing is made, what is there stays."""
+    store: Any = place()
+    await store.open()
+    red = await Attachments(store).save(encoded(png(RED)))
+    chat = (await store.create()).id
+    await say(store, chat, f"![a](cid:{red})", "1")
+    for thing in ("INDEX nodes_with_images", "TABLE images"):
+        await store._write(lambda do, thing=thing: do._db.run(f"DROP {thing}"))
+    await store.close()
+    again: Any = place()
+    assert await again.open() == []
+    shared = hasattr(again, "_engine")
+    assert (await again.snapshot(chat)).messages[0].text == f"![a](cid:{red})"
+    assert (await again.image(red) is None) == shared, "the table of PostgreSQL held the bytes"
+    assert await Attachments(again).save(encoded(png(RED))) == red and await again.image(red) == png(RED)
+    await again.close()
+
+
 async def test_postgresql_takes_in_the_files_of_an_older_version(postgres: Postgres, tmp_path: Path) -> None:
     url = postgres.database()
     store = open_place(url, tmp_path)
