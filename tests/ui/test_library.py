@@ -16,7 +16,7 @@ from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 from tests.ui.conftest import Server, Visit, start_server, stop_server, wait
 from tests.unit.hub_server import FakeHub
-from tests.unit.model_files import LLAMA, llama_tensors, safetensors_bytes, tokenizer_json
+from tests.unit.model_files import LLAMA, gguf_bytes, llama_tensors, projector_bytes, safetensors_bytes, tokenizer_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -154,6 +154,50 @@ def test_one_quantization_is_fetched_alone(page: Page, place: Place) -> None:
     page.get_by_test_id("download-start").click()
     job_is(page, "done")
     assert [path.name for path in (place.models / "owner_name").glob("*.*") if path.name[0] != "."] == ["m-Q8_0.gguf"]
+
+
+@pytest.fixture
+def with_projectors(place: Place) -> Iterator[None]:
+    """The repository has projectors, too."""
+    own = {"mmproj-F16.gguf": projector_bytes(), "mmproj-F32.gguf": projector_bytes(), "m-Q8_0.gguf": gguf_bytes()}
+    before = dict(place.hub.files)
+    place.hub.files.update(own)
+    yield
+    place.hub.files.clear()
+    place.hub.files.update(before)
+
+
+@pytest.mark.usefixtures("with_projectors")
+def test_with_a_gguf_comes_its_projector_and_the_model_shows_it(page: Page, place: Place) -> None:
+    look(page, "owner/name")
+    found = page.get_by_test_id("download-found")
+    expect(found).to_contain_text("so does, with a GGUF, the projector that reads images")
+    found.locator('[data-variant="safetensors"] input').uncheck()
+    best = found.locator('[data-variant="projector F16"] input')
+    expect(best).not_to_be_checked()
+    found.locator('[data-variant="Q8_0"] input').check()
+    expect(best).to_be_checked()
+    found.locator('[data-variant="Q8_0"] input').uncheck()
+    expect(best).not_to_be_checked()
+    found.locator('[data-variant="Q8_0"] input').check()
+    page.get_by_test_id("download-start").click()
+    job_is(page, "done")
+    names = sorted(path.name for path in (place.models / "owner_name").glob("*.*") if path.name[0] != ".")
+    assert names == ["m-Q8_0.gguf", "mmproj-F16.gguf"]
+    expect(row(page, "owner_name/m-Q8_0.gguf")).to_contain_text("reads images (mmproj-F16.gguf)")
+    expect(row(page, "owner_name/mmproj-F16.gguf")).to_have_count(0)
+
+
+@pytest.mark.usefixtures("with_projectors")
+def test_who_leaves_the_projector_out_gets_none(page: Page, place: Place) -> None:
+    look(page, "owner/name")
+    found = page.get_by_test_id("download-found")
+    found.locator('[data-variant="safetensors"] input').uncheck()
+    found.locator('[data-variant="Q8_0"] input').check()
+    found.locator('[data-variant="projector F16"] input').uncheck()
+    page.get_by_test_id("download-start").click()
+    job_is(page, "done")
+    assert [path.name for path in (place.models / "owner_name").glob("*.gguf")] == ["m-Q8_0.gguf"]
 
 
 def test_paused_reloaded_resumed(page: Page, place: Place) -> None:

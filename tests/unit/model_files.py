@@ -184,3 +184,22 @@ def sharded(folder: Path, weight_map: dict[str, str] | None = None) -> Path:
         found |= dict.fromkeys(part, name)
     write_json(folder / "model.safetensors.index.json", {"weight_map": {**found, **(weight_map or {})}})
     return folder
+
+
+def projector_bytes(width: int = 32, kind: int = 1, **changes: Value | None) -> bytes:
+    """A projector (mmproj) for a model of this `width`; `kind` is its file type. A change to None removes the key."""
+    keys: dict[str, Value] = {
+        "general.architecture": (STRING, "clip"),
+        "general.type": (STRING, "mmproj"),
+        "general.file_type": (U32, kind),
+        "clip.has_vision_encoder": (BOOL, True),
+        "clip.vision.image_size": (U32, 32),
+        "clip.vision.patch_size": (U32, 8),
+        "clip.vision.embedding_length": (U32, 32),
+        "clip.vision.feed_forward_length": (U32, 64),
+        "clip.vision.attention.head_count": (U32, 2),
+        "clip.vision.projection_dim": (U32, width),
+    }
+    for name, value in changes.items():
+        keys[name.replace("__", ".")] = value  # type: ignore[assignment]
+    return gguf_bytes({name: value for name, value in keys.items() if value is not None}, {"mm.0.weight": ((32, 32), 0, 4096)})

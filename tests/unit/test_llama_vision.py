@@ -12,6 +12,7 @@ from loaders import _llama_mtmd as mtmd
 from loaders._llama_capi import NoLlamaLibrary, Params
 from loaders._llama_generate import LlamaRunner
 from loaders._llama_vision import Prompt, Span, _stand_in
+from modules.engine import CancelToken
 
 MARKER = 0x7F00
 
@@ -101,6 +102,34 @@ def test_a_prefix_ends_before_an_image_that_is_another(prompt: Prompt, shared: i
     memory = Memory(RED.ids)
     assert memory.runner._reuse(prompt) == shared
     assert memory.runner._ids == RED.ids[:shared] and memory.removed == [shared]
+
+
+class Eyes:
+    """A projector whose image is cancelled while it is read (`while_reading`), or while it is put into the cache."""
+
+    def __init__(self, cancel: CancelToken, *, while_reading: bool) -> None:
+        self.cancel, self.while_reading = cancel, while_reading
+        self.decoded = 0
+
+    def encode(self, span: Span) -> object:
+        if self.while_reading:
+            self.cancel.cancel()
+        return object()
+
+    def decode(self, span: Span, vectors: object) -> int:
+        self.decoded += 1
+        self.cancel.cancel()
+        return 2  # llama_decode: aborted
+
+
+@pytest.mark.parametrize("while_reading", [True, False])
+def test_a_cancelled_image_leaves_nothing_of_itself(while_reading: bool) -> None:
+    memory, cancel = Memory(RED.ids[:4]), CancelToken()
+    eyes = Eyes(cancel, while_reading=while_reading)
+    memory.runner._model = SimpleNamespace(vision=eyes, set_abort=lambda _: None, n_batch=512)
+    assert list(memory.runner._prefill(RED, 4, cancel)) == [4]
+    assert memory.runner._ids == RED.ids[:4], "the words before it are kept"
+    assert (eyes.decoded, memory.removed) == ((0, []) if while_reading else (1, [4]))
 
 
 def test_each_image_has_a_number_of_its_own() -> None:

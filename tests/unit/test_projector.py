@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +14,7 @@ from modules.detect import check, find_model, inspect, list_models
 from modules.detect.gguf_header import first_keys
 from modules.detect.projector import check_projector, find_projector
 from modules.detect.remembered import HeaderCache
+from modules.download import add_parser, run
 from modules.download.plan import RepoFile, best_projector, choose_files, variants
 from modules.errors import CorruptModel, IncompatibleModel, LoadError
 from modules.library import LocalLibrary
@@ -20,27 +23,10 @@ from modules.plan.shape import read_shape
 from modules.plan.types import Machine
 from modules.settings import ModelSettings
 from modules.shelf import Shelf
-from tests.unit.model_files import BOOL, STRING, U32, Value, gguf_bytes, gguf_keys
+from tests.unit.hub_server import FakeHub
+from tests.unit.model_files import BOOL, U32, gguf_bytes, gguf_keys, projector_bytes
 
 MODEL = gguf_bytes()
-
-
-def projector(width: int = 32, kind: int = 1, **changes: Value | None) -> bytes:
-    keys: dict[str, Value] = {
-        "general.architecture": (STRING, "clip"),
-        "general.type": (STRING, "mmproj"),
-        "general.file_type": (U32, kind),
-        "clip.has_vision_encoder": (BOOL, True),
-        "clip.vision.image_size": (U32, 32),
-        "clip.vision.patch_size": (U32, 8),
-        "clip.vision.embedding_length": (U32, 32),
-        "clip.vision.feed_forward_length": (U32, 64),
-        "clip.vision.attention.head_count": (U32, 2),
-        "clip.vision.projection_dim": (U32, width),
-    }
-    for name, value in changes.items():
-        keys[name.replace("__", ".")] = value  # type: ignore[assignment]
-    return gguf_bytes({name: value for name, value in keys.items() if value is not None}, {"mm.0.weight": ((32, 32), 0, 4096)})
 
 
 def folder(root: Path, **files: bytes) -> Path:
@@ -57,7 +43,7 @@ def found(root: Path, model: str) -> str | None:
 
 
 def test_a_projector_is_a_part_of_the_model_beside_it(tmp_path: Path) -> None:
-    root = folder(tmp_path / "m", seer_Q8_0=MODEL, eyes=projector())  # by content: its name says nothing
+    root = folder(tmp_path / "m", seer_Q8_0=MODEL, eyes=projector_bytes())  # by content: its name says nothing
     (tmp_path / "other.gguf").write_bytes(MODEL)
     models = {model.id: model for model in list_models([tmp_path])}
     assert list(models) == ["m/seer_Q8_0.gguf", "other.gguf"]
@@ -72,14 +58,14 @@ def test_a_projector_is_a_part_of_the_model_beside_it(tmp_path: Path) -> None:
 def test_a_projector_that_comes_and_goes_is_noticed(tmp_path: Path) -> None:
     root, cache = folder(tmp_path, seer=MODEL), HeaderCache(tmp_path / "headers.json")
     assert not list_models([root], cache)[0].vision
-    folder(root, mmproj=projector())
+    folder(root, mmproj=projector_bytes())
     assert list_models([root], cache)[0].vision
     (root / "mmproj.gguf").unlink()
     assert not list_models([root], cache)[0].vision
 
 
 def test_alone_it_is_no_model_and_says_what_it_is(tmp_path: Path) -> None:
-    folder(tmp_path, mmproj_F16=projector())
+    folder(tmp_path, mmproj_F16=projector_bytes())
     assert list_models([tmp_path]) == []
     named = find_model("mmproj_F16.gguf", [tmp_path])
     assert named.format == "mmproj" and "multimodal projector" in str(named.problem)
@@ -98,7 +84,7 @@ def test_alone_it_is_no_model_and_says_what_it_is(tmp_path: Path) -> None:
 def test_of_several_the_one_in_16_bits(tmp_path: Path, names: list[str], chosen: str) -> None:
     types = {"F16": 1, "BF16": 32, "F32": 0}
     for name in names:
-        (tmp_path / f"{name}.gguf").write_bytes(projector(kind=types[name.removeprefix("mmproj-")]))
+        (tmp_path / f"{name}.gguf").write_bytes(projector_bytes(kind=types[name.removeprefix("mmproj-")]))
     folder(tmp_path, seer_Q8_0=MODEL, seer_Q4_K_M=MODEL)
     assert found(tmp_path, "seer_Q8_0.gguf") == chosen
 
@@ -107,22 +93,22 @@ def test_in_a_folder_of_several_models_the_name_decides(tmp_path: Path) -> None:
     for name in ("Big.Seer-7B-Q4_K_M", "Small-Seer-2B-Q8_0", "Blind-7B-F16"):
         (tmp_path / f"{name}.gguf").write_bytes(MODEL)
     for name in ("mmproj-Big.Seer-7B-f16", "Small-Seer-2B-mmproj-model-f16", "mmproj-F16"):
-        (tmp_path / f"{name}.gguf").write_bytes(projector())
+        (tmp_path / f"{name}.gguf").write_bytes(projector_bytes())
     assert found(tmp_path, "Big.Seer-7B-Q4_K_M.gguf") == "mmproj-Big.Seer-7B-f16.gguf"
     assert found(tmp_path, "Small-Seer-2B-Q8_0.gguf") == "Small-Seer-2B-mmproj-model-f16.gguf"
     assert found(tmp_path, "Blind-7B-F16.gguf") is None
 
 
 def test_one_that_does_not_fit_or_is_damaged_is_named_before_a_load(tmp_path: Path) -> None:
-    root = folder(tmp_path, seer=MODEL, mmproj=projector(width=64))
+    root = folder(tmp_path, seer=MODEL, mmproj=projector_bytes(width=64))
     with pytest.raises(IncompatibleModel, match=r"vectors of 64 numbers, this model reads 32"):
         check_projector(root / "mmproj.gguf", root / "seer.gguf")
     assert (inspect(root / "seer.gguf").projector, inspect(root / "seer.gguf").vision) == ("mmproj.gguf", False)
-    (root / "mmproj.gguf").write_bytes(projector()[:-100])
+    (root / "mmproj.gguf").write_bytes(projector_bytes()[:-100])
     with pytest.raises(CorruptModel, match="projector can't be used"):
         check_projector(root / "mmproj.gguf", root / "seer.gguf")
     assert find_projector(root / "seer.gguf") is not None, "the load has to say so"
-    for data in (MODEL, projector(clip__has_vision_encoder=None, clip__has_audio_encoder=(BOOL, True)), b"", b"GGUF"):
+    for data in (MODEL, projector_bytes(clip__has_vision_encoder=None, clip__has_audio_encoder=(BOOL, True)), b"", b"GGUF"):
         (root / "mmproj.gguf").write_bytes(data)
         with pytest.raises(LoadError):
             check_projector(root / "mmproj.gguf", root / "seer.gguf")
@@ -131,12 +117,12 @@ def test_one_that_does_not_fit_or_is_damaged_is_named_before_a_load(tmp_path: Pa
 
 
 def test_an_old_projector_is_not_judged_by_a_key_that_meant_something_else(tmp_path: Path) -> None:
-    root = folder(tmp_path, seer=MODEL, mmproj=projector(width=768, general__type=None))
+    root = folder(tmp_path, seer=MODEL, mmproj=projector_bytes(width=768, general__type=None))
     check_projector(root / "mmproj.gguf", root / "seer.gguf")
 
 
 def test_a_projector_for_sounds_is_left_alone(tmp_path: Path) -> None:
-    sounds = projector(clip__has_vision_encoder=None, clip__has_audio_encoder=(BOOL, True))
+    sounds = projector_bytes(clip__has_vision_encoder=None, clip__has_audio_encoder=(BOOL, True))
     root = folder(tmp_path, talker=MODEL, mmproj=sounds)
     assert found(root, "talker.gguf") is None and [model.id for model in list_models([root])] == ["talker.gguf"]
 
@@ -150,7 +136,7 @@ def test_the_first_keys_are_read_without_the_vocabulary(tmp_path: Path) -> None:
 
 
 def test_its_memory_is_planned_for(tmp_path: Path) -> None:
-    root = folder(tmp_path, seer=gguf_bytes(gguf_keys(llama__attention__head_count=(U32, 2))), mmproj=projector())
+    root = folder(tmp_path, seer=gguf_bytes(gguf_keys(llama__attention__head_count=(U32, 2))), mmproj=projector_bytes())
     shape = read_shape(inspect(root / "seer.gguf"))
     machine = Machine(1 << 34, 1 << 34)
     assert shape.sight == 4096 and shape.sight_buffers > 0
@@ -182,6 +168,19 @@ def test_a_download_of_a_gguf_takes_its_projector_along() -> None:
     assert [file.path for file in alone.files] == ["README.md", "mmproj-F32.gguf"]
 
 
+def test_the_command_says_that_the_projector_comes_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parser = argparse.ArgumentParser()
+    add_parser(parser.add_subparsers())
+    config = SimpleNamespace(model_dir=tmp_path, user_data_dir=tmp_path / "data", hub_endpoint=None, hub_proxy=None)
+    with FakeHub({"m-Q4_K_M.gguf": MODEL, "m-Q8_0.gguf": MODEL, "mmproj-F16.gguf": projector_bytes()}) as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        assert run(parser.parse_args(["download", "owner/name", "--include", "*Q4_K_M*"]), config) == 0
+    assert "with mmproj-F16.gguf" in capsys.readouterr().out
+    assert [(model.id, model.vision) for model in list_models([tmp_path])] == [("owner_name/m-Q4_K_M.gguf", True)]
+
+
 def test_projectors_are_named_in_the_list_of_forms() -> None:
     files = repository("m-Q4_K_M.gguf", "m-mmproj-model.gguf", "mmproj-Q8_0.gguf")
     assert [form.label for form in variants(files)] == ["Q4_K_M", "projector Q8_0", "projector m-mmproj-model"]
@@ -199,7 +198,7 @@ def shelf(root: Path, data: Path) -> tuple[LocalLibrary, Shelf]:
 
 
 def test_the_last_form_of_a_model_takes_its_projector_into_the_trash(tmp_path: Path) -> None:
-    root = folder(tmp_path / "models", seer_Q8_0=MODEL, seer_Q4_0=MODEL, mmproj=projector())
+    root = folder(tmp_path / "models", seer_Q8_0=MODEL, seer_Q4_0=MODEL, mmproj=projector_bytes())
     library, kept = shelf(root, tmp_path)
     first = kept.trash(library.find("seer_Q8_0.gguf"))
     assert first.names == ["seer_Q8_0.gguf"] and first.size_bytes == len(MODEL), "the other one still needs the projector"
@@ -209,7 +208,7 @@ def test_the_last_form_of_a_model_takes_its_projector_into_the_trash(tmp_path: P
 
 
 def test_a_model_that_moves_keeps_its_eyes(tmp_path: Path) -> None:
-    root = folder(tmp_path / "models", seer=MODEL, mmproj=projector())
+    root = folder(tmp_path / "models", seer=MODEL, mmproj=projector_bytes())
     library, kept = shelf(root, tmp_path)
     assert library.find(kept.rename(library.find("seer.gguf"), "see")).vision
     new = kept.rename(library.find("see.gguf"), "own/see")
