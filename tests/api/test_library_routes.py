@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import stat
 import threading
 from collections.abc import Callable, Iterator
@@ -11,17 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.unit.hub_server import FakeHub
-from tests.unit.model_files import LLAMA, llama_tensors, safetensors_bytes, tokenizer_json
+from tests.unit.hub_server import SMALL_LLAMA, FakeHub
 
 if TYPE_CHECKING:
     from tests.api.conftest import Server
 
-CONFIG = {**LLAMA, "vocab_size": 4096, "hidden_size": 64}
 FILES = {
-    "config.json": json.dumps(CONFIG).encode(),
-    "tokenizer.json": json.dumps(tokenizer_json()).encode(),
-    "model.safetensors": safetensors_bytes(llama_tensors({"vocab_size": 4096, "hidden_size": 64})),
+    **SMALL_LLAMA,
     "model.bin": b"\x80\x02pickle",
     "m-Q4_K_M.gguf": b"GGUF" * 1000,
     "m-Q8_0.gguf": b"GGUF" * 2000,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 import threading
@@ -15,17 +14,14 @@ import pytest
 from playwright.sync_api import Browser, Locator, Page, Route, expect
 
 from tests.ui.conftest import Server, Visit, start_server, stop_server, wait
-from tests.unit.hub_server import FakeHub
-from tests.unit.model_files import LLAMA, gguf_bytes, llama_tensors, projector_bytes, safetensors_bytes, tokenizer_json
+from tests.unit.hub_server import SMALL_LLAMA, FakeHub
+from tests.unit.model_files import gguf_bytes, projector_bytes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-CONFIG = {**LLAMA, "vocab_size": 4096, "hidden_size": 64}
 FILES = {
-    "config.json": json.dumps(CONFIG).encode(),
-    "tokenizer.json": json.dumps(tokenizer_json()).encode(),
-    "model.safetensors": safetensors_bytes(llama_tensors({"vocab_size": 4096, "hidden_size": 64})),
+    **SMALL_LLAMA,
     "pytorch_model.bin": b"\x80\x02pickle",
     "modeling_evil.py": b"print('hi')",
     "m-Q4_K_M.gguf": b"GGUF" * 1000,

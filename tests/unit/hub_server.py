@@ -14,7 +14,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from tests.unit.model_files import LLAMA, llama_tensors, safetensors_bytes, tokenizer_json
+
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+SMALL_LLAMA = {
+    "config.json": json.dumps({**LLAMA, "vocab_size": 4096, "hidden_size": 64}).encode(),
+    "tokenizer.json": json.dumps(tokenizer_json()).encode(),
+    "model.safetensors": safetensors_bytes(llama_tensors({"vocab_size": 4096, "hidden_size": 64})),
+}
 
 
 @dataclass

@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import errno
 import hashlib
-import json
 import shutil
 import subprocess
 import sys
@@ -25,14 +24,12 @@ from modules.download.hub import Hub, check_names
 from modules.download.plan import RepoFile, choose_files
 from modules.download.transfer import fetch_file
 from modules.errors import Conflict, DownloadError, InvalidParameter, StorageFull, UnsafeModel
-from tests.unit.hub_server import COMMIT, FakeHub
-from tests.unit.model_files import LLAMA, llama_tensors, safetensors_bytes, tokenizer_json
+from tests.unit.hub_server import COMMIT, SMALL_LLAMA, FakeHub
+from tests.unit.model_files import safetensors_bytes
 
-WEIGHTS = safetensors_bytes(llama_tensors({"vocab_size": 4096, "hidden_size": 64}))
+WEIGHTS = SMALL_LLAMA["model.safetensors"]
 FILES = {
-    "config.json": json.dumps({**LLAMA, "vocab_size": 4096, "hidden_size": 64}).encode(),
-    "tokenizer.json": json.dumps(tokenizer_json()).encode(),
-    "model.safetensors": WEIGHTS,
+    **SMALL_LLAMA,
     "pytorch_model.bin": b"\x80\x02pickle",
     "modeling_evil.py": b"print('hi')",
     ".gitattributes": b"*.safetensors filter=lfs",

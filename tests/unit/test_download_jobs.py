@@ -18,14 +18,11 @@ from modules.download.account import HubAccount
 from modules.download.jobs import SLOTS, Downloads
 from modules.errors import Conflict, InvalidParameter, NotFound
 from modules.events import EventBus
-from tests.unit.hub_server import COMMIT, FakeHub
-from tests.unit.model_files import LLAMA, llama_tensors, safetensors_bytes, tokenizer_json
+from tests.unit.hub_server import COMMIT, SMALL_LLAMA, FakeHub
 
-WEIGHTS = safetensors_bytes(llama_tensors({"vocab_size": 4096, "hidden_size": 64}))
+WEIGHTS = SMALL_LLAMA["model.safetensors"]
 FILES = {
-    "config.json": json.dumps({**LLAMA, "vocab_size": 4096, "hidden_size": 64}).encode(),
-    "tokenizer.json": json.dumps(tokenizer_json()).encode(),
-    "model.safetensors": WEIGHTS,
+    **SMALL_LLAMA,
     "pytorch_model.bin": b"\x80\x02pickle",
 }
 
