@@ -101,7 +101,7 @@ class Worker:
                 self._dispatch(message)
         except ProtocolError as error:
             print(f"worker: {error}", file=sys.stderr, flush=True)
-        _leave_with_group()
+        leave_with_group()
 
     def _dispatch(self, message: protocol.Message) -> None:
         kind = message["type"]
@@ -192,7 +192,7 @@ class Worker:
                 if event is None:
                     waiting += 1
                 else:
-                    self.send(_event_frame(event))
+                    self.send(event_frame(event))
         if self._active and waiting == len(self._active):
             self._engine.wait_for_news()
 
@@ -221,7 +221,7 @@ class Worker:
 _SMALLER = "Choose a smaller model, a smaller context or a stronger quantisation."
 
 
-def _event_frame(event: Event) -> protocol.Message:
+def event_frame(event: Event) -> protocol.Message:
     if isinstance(event, TokenEvent):
         frame: protocol.Message = {
             "type": "token",
@@ -237,7 +237,7 @@ def _event_frame(event: Event) -> protocol.Message:
     return {"type": kind, **to_wire(event)}
 
 
-def _leave_with_group() -> None:
+def leave_with_group() -> None:
     """End this process and whatever it started. Only a group of our own is killed, never the parent's."""
     if hasattr(os, "killpg") and os.getpgrp() == os.getpid():
         os.killpg(os.getpid(), signal.SIGKILL)
@@ -252,7 +252,7 @@ def _die_with_parent() -> None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
 
-def _take_over_stdout() -> BinaryIO:
+def take_over_stdout() -> BinaryIO:
     """A private stream to the real fd 1; fd 1 becomes stderr."""
     sink = os.fdopen(os.dup(1), "wb", buffering=0)
     os.environ["SWITCHYARD_FRAME_FD"] = str(sink.fileno())  # for the echo loader's garbage fault only
@@ -265,7 +265,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m modules.worker", description="Serve one model over stdin and stdout.")
     parser.add_argument("--loader", required=True)
     loader = parser.parse_args().loader
-    sink = _take_over_stdout()
+    sink = take_over_stdout()
     _die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     source = os.fdopen(os.dup(0), "rb")

@@ -27,7 +27,7 @@ from modules.ray_engine.replica import RESEND, error_frame, frame
 from modules.ray_engine.settings import RaySettings
 from modules.registry import load_spec
 from modules.schema import Done, Usage
-from modules.worker import _leave_with_group, _take_over_stdout
+from modules.worker import leave_with_group, take_over_stdout
 
 SILENCE_S = 30.0  # a replica says something every five seconds
 WATCH_S = 2.0
@@ -68,7 +68,7 @@ class Gateway:
         ):  # a Ray of the server's goes with it, as a whole
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._deployment.delete(), DELETE_S)
-        _leave_with_group()  # here: a loop that closes would wait for calls to a Ray that may be gone
+        leave_with_group()  # here: a loop that closes would wait for calls to a Ray that may be gone
 
     def _read(self, loop: asyncio.AbstractEventLoop) -> None:
         try:
@@ -285,7 +285,7 @@ def main() -> None:
     for name in ("--loader", "--settings", "--address", "--app"):
         parser.add_argument(name, required=True)
     given = parser.parse_args()
-    sink = _take_over_stdout()
+    sink = take_over_stdout()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
     source = os.fdopen(os.dup(0), "rb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -18,7 +18,7 @@ from typing import Any
 
 from modules.errors import AppError, BackendUnavailable, one_line
 from modules.ray_engine.reach import check_reachable, explain_connect
-from modules.worker import _take_over_stdout
+from modules.worker import take_over_stdout
 
 OBJECT_STORE_BYTES = 100_000_000  # nothing of ours goes through it
 POLL_S = 0.2
@@ -26,7 +26,7 @@ END_S = 5.0
 
 
 def main() -> None:
-    sink = _take_over_stdout()
+    sink = take_over_stdout()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
     wanted = json.loads(sys.stdin.buffer.readline() or b"{}")
     folder = Path(wanted["folder"])

@@ -21,7 +21,7 @@ from modules.overlays import Overlays
 from modules.ray_engine.launch import LOOPBACK, ROOT
 from modules.registry import load_spec
 from modules.schema import Done, Event, GenerationRequest, Usage, from_wire, to_wire
-from modules.worker import _event_frame
+from modules.worker import event_frame
 from modules.worker_client import WorkerClient
 
 if TYPE_CHECKING:
@@ -256,7 +256,7 @@ class Replica:
 
 
 def frame(event: Event) -> bytes:
-    return protocol.encode_frame(_event_frame(event))
+    return protocol.encode_frame(event_frame(event))
 
 
 def error_frame(error: AppError, **ids: str) -> bytes:
