@@ -83,7 +83,7 @@ def check_options(package: str, options: dict[str, Any]) -> None:
             if options[name] != neutral:
                 raise InvalidParameter(f"exllamav3 has no {name}.", hint="Leave it out for EXL3 models.", param=name)
     parse_split(options["gpu_split"])
-    lora_weights(options["lora_weights"], len(options["lora"]))
+    lora_weights(options)
 
 
 def parse_split(text: str) -> list[float] | None:

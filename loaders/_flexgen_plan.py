@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -120,10 +121,7 @@ def _six(text: str) -> tuple[tuple[float, float, float], ...]:
 
 def elements(sides: Sequence[int]) -> int:
     """How many numbers a tensor of these sides holds."""
-    count = 1
-    for side in sides:
-        count *= side
-    return count
+    return math.prod(sides)
 
 
 def cache_elements(shape: OptShape, plan: Plan) -> int:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from loaders._llama_capi import AbortCallback, LlamaLibrary, LogCallback, ProgressCallback, Token
 from loaders._llama_memory import MOST_CONTEXT_BY_DEFAULT
 from loaders._llama_vision import open_vision, projector_for
+from loaders._lora import lora_weights
 from modules.detect.ggml_types import FILE_TYPES
 from modules.errors import CorruptModel, IncompatibleModel, InvalidParameter, LoadError, LoadOutOfMemory
 from modules.samplers import SequenceBreakers
@@ -181,7 +182,7 @@ class LlamaModel:
                 hint="Check the cache types (a quantised V cache needs flash_attn) and the rope options.",
             )
         if self._adapters:
-            scales = lora_scales(options["lora_scale"], len(self._adapters))
+            scales = lora_weights(options, "lora_scale")
             adapters = (ctypes.c_void_p * len(self._adapters))(*self._adapters)
             if self.lib.llama_set_adapters_lora(ctx, adapters, len(scales), (ctypes.c_float * len(scales))(*scales)) != 0:
                 raise LoadError("llama.cpp did not take the LoRA adapters.")
@@ -189,7 +190,7 @@ class LlamaModel:
 
     def _open_adapters(self, options: dict[str, Any]) -> list[int]:
         paths = list(options["lora"])
-        lora_scales(options["lora_scale"], len(paths))  # says what is wrong before anything is read
+        lora_weights(options, "lora_scale")  # says what is wrong before anything is read
         handles = []
         for path in paths:
             handle = self.lib.llama_adapter_lora_init(self._model, os.fsencode(path)) if Path(path).is_file() else None
@@ -317,18 +318,6 @@ def tensor_split(text: str, devices: int) -> list[float]:
     if len(parts) > devices or not all(re.fullmatch(r"\d+(\.\d+)?", part) for part in parts):
         raise InvalidParameter(f"tensor_split {text!r} must be up to {devices} numbers, such as 60,40.", param="tensor_split")
     return [float(part) for part in parts] + [0.0] * (devices - len(parts))
-
-
-def lora_scales(text: str, count: int) -> list[float]:
-    """One scale per adapter from "1,0.5"; 1 each when empty."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    try:
-        scales = [float(part) for part in parts] or [1.0] * count
-    except ValueError:
-        raise InvalidParameter(f"lora_scale {text!r} are no numbers.", param="lora_scale") from None
-    if len(scales) != count:
-        raise InvalidParameter(f"There are {count} adapters and {len(scales)} scales.", param="lora_scale")
-    return scales
 
 
 def default_threads() -> int:

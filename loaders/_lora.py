@@ -12,21 +12,22 @@ if TYPE_CHECKING:
     from modules.engine import Progress
 
 
-def lora_weights(text: str, count: int) -> list[float]:
-    """One weight per adapter from "1,0.5"; 1 each when empty."""
+def lora_weights(options: dict[str, Any], name: str = "lora_weights") -> list[float]:
+    """One weight per adapter from the option of that name, such as "1,0.5"; 1 each when empty. Raises InvalidParameter."""
+    text, count = options[name], len(options["lora"])
     parts = [part.strip() for part in text.split(",") if part.strip()]
     try:
         weights = [float(part) for part in parts] or [1.0] * count
     except ValueError:
-        raise InvalidParameter(f"lora_weights {text!r} are no numbers.", param="lora_weights") from None
+        raise InvalidParameter(f"{name} {text!r} are no numbers.", param=name) from None
     if len(weights) != count:
-        raise InvalidParameter(f"There are {count} adapters and {len(weights)} weights.", param="lora_weights")
+        raise InvalidParameter(f"There are {count} adapters and {len(weights)} weights.", param=name)
     return weights
 
 
 def adapters(options: dict[str, Any]) -> list[tuple[Path, float]]:
     """The folder and the weight of each adapter of the load options. Raises CorruptModel and InvalidParameter."""
-    weights = lora_weights(options["lora_weights"], len(options["lora"]))
+    weights = lora_weights(options)
     folders = [Path(path) for path in options["lora"]]
     for folder in folders:
         if not (folder / "adapter_config.json").is_file() or not (folder / "adapter_model.safetensors").is_file():

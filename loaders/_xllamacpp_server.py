@@ -23,9 +23,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loaders._llama_load import CACHE_TYPES, ROPE_SCALING, SPLIT_MODES, default_threads, load_mode, lora_scales, tensor_split
+from loaders._llama_load import CACHE_TYPES, ROPE_SCALING, SPLIT_MODES, default_threads, load_mode, tensor_split
 from loaders._llama_memory import MOST_CONTEXT_BY_DEFAULT
 from loaders._llama_sampling import plan, seed_of
+from loaders._lora import lora_weights
 from loaders._process import peak_memory
 from modules import sampling as table
 from modules.assemble import TokenAssembler
@@ -189,7 +190,7 @@ class ServerModel:
         params.no_kv_offload, params.swa_full = options["no_kv_offload"], options["swa_full"]
         params.lora_adapters = [
             xllamacpp.CommonAdapterLoraInfo(adapter, scale)
-            for adapter, scale in zip(options["lora"], lora_scales(options["lora_scale"], len(options["lora"])), strict=True)
+            for adapter, scale in zip(options["lora"], lora_weights(options, "lora_scale"), strict=True)
         ]
         params.ui = params.endpoint_slots = params.endpoint_metrics = params.endpoint_props = params.fit_params = False
         params.offline, params.n_threads_http, params.verbosity, params.cache_ram_mib = True, 2, 1, 0

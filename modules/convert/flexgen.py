@@ -7,6 +7,7 @@ loader takes for a model, and the same command goes on with those that are missi
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 import time
@@ -95,9 +96,7 @@ def _ask_for_space(target: Path, shape: OptShape, width: int) -> None:
     there = folder_files(target) if target.is_dir() else {}
     needed = _SPARE_BYTES
     for name, sides in shape.tensors().items():
-        size = width
-        for side in sides:
-            size *= side
+        size = width * math.prod(sides)
         if there.get(name, 0) < size:
             needed += size
     base = next(path for path in (target, *target.resolve().parents) if path.is_dir())

@@ -11,6 +11,7 @@ while it is read raises here instead of ending the process.
 
 from __future__ import annotations
 
+import math
 import struct
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,10 +51,7 @@ class GgufTensor:
 
     @property
     def elements(self) -> int:
-        count = 1
-        for side in self.shape:
-            count *= side
-        return count
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True)

@@ -196,13 +196,6 @@ def test_tensor_split() -> None:
             load.tensor_split(bad, 2)
 
 
-def test_lora_scales() -> None:
-    assert load.lora_scales("", 2) == [1.0, 1.0]
-    assert load.lora_scales("0.5,2", 2) == [0.5, 2.0]
-    with pytest.raises(InvalidParameter):
-        load.lora_scales("1", 2)
-
-
 @pytest.mark.parametrize(
     ("line", "expected", "said"),
     [

@@ -89,11 +89,12 @@ def test_memory_limits_are_numbers() -> None:
 
 
 def test_lora_weights() -> None:
-    assert lora_weights("", 2) == [1.0, 1.0]
-    assert lora_weights("1, 0.5", 2) == [1.0, 0.5]
+    two = {"lora": ["a", "b"]}
+    assert lora_weights(two | {"lora_weights": ""}) == [1.0, 1.0]
+    assert lora_weights(two | {"lora_scale": "1, 0.5"}, "lora_scale") == [1.0, 0.5]
     for bad in ("1", "1,2,3", "one,two"):
-        with pytest.raises(InvalidParameter):
-            lora_weights(bad, 2)
+        with pytest.raises(InvalidParameter, match=r"lora_weights|adapters"):
+            lora_weights(two | {"lora_weights": bad})
 
 
 @pytest.fixture
