@@ -94,6 +94,8 @@ def select(files: ModelFiles, specs: Iterable[LoaderSpec], environment: Environm
         if not choices:
             raise ConfigError(f"There is no loader {name!r}.")
     best = choices[0]
+    if files.format == "mmproj":
+        raise IncompatibleModel(str(files.problem))  # what it is, and where it belongs
     if not best.ok:
         raise IncompatibleModel(
             f"{best.spec.title} can't take {files.id}: {best.reason}" if name else f"No backend can take {files.id} now.",

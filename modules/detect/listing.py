@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from modules.detect.draft import UNFINISHED, folder_files, read_json
 from modules.detect.examine import examine
 from modules.detect.flexgen import is_flexgen
-from modules.detect.projector import with_projector
+from modules.detect.projector import Neighbours, with_projector
 from modules.detect.sniff import sniff
 from modules.errors import CorruptModel, ModelNotFound
 
@@ -72,7 +72,8 @@ def _list_all(dirs: Iterable[Path], cache: HeaderCache | None) -> list[ModelFile
     if cache is not None:
         cache.save(seen)
     with_projectors = {os.path.dirname(model.path) for model in found.values() if model.format == "mmproj"}
-    models = (with_projector(m) if os.path.dirname(m.path) in with_projectors else m for m in found.values())
+    folders: dict[Path, Neighbours] = {}
+    models = (with_projector(m, folders) if os.path.dirname(m.path) in with_projectors else m for m in found.values())
     return sorted(models, key=lambda model: model.id.lower())
 
 

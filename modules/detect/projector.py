@@ -13,13 +13,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from modules.detect.draft import UNFINISHED
 from modules.detect.ggml_types import FILE_TYPES, GGUF_TYPE
 from modules.detect.gguf_header import first_keys, read_gguf_header
 from modules.errors import CorruptModel, IncompatibleModel, LoadError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping
 
     from modules.detect.gguf_header import GgufHeader, Scalar
     from modules.schema import ModelFiles
@@ -47,9 +46,25 @@ def is_projector(keys: Mapping[str, Scalar]) -> bool:
     return keys.get("clip.has_vision_encoder") is True
 
 
-def with_projector(model: ModelFiles) -> ModelFiles:
-    """A GGUF model as detection describes it, with the projector in its folder as a part of it."""
-    found = find_projector(Path(model.path)) if model.format == "gguf" and not Path(model.path).is_dir() else None
+class Neighbours:
+    """The GGUF files of one folder: what each is, and of which model by its name. Raises OSError."""
+
+    def __init__(self, folder: Path) -> None:
+        with os.scandir(folder) as entries:
+            names = sorted(e.name for e in entries if e.name.endswith(".gguf") and e.is_file())
+        keys = {name: _keys(folder / name) for name in names}
+        self.stems = {name: _stem(name) for name in names}
+        self.projectors = [name for name in names if is_projector(keys[name]) and not _of_sounds(keys[name])]
+        self.models = {self.stems[name] for name in names if not is_projector(keys[name]) and not _is_companion(keys[name])}
+
+
+def with_projector(model: ModelFiles, folders: dict[Path, Neighbours] | None = None) -> ModelFiles:
+    """A GGUF model as detection describes it, with the projector in its folder as a part of it. `folders` remembers what lies
+    in them while many models are asked about."""
+    path = Path(model.path)
+    if model.format != "gguf" or path.is_dir():
+        return model
+    found = find_projector(path, folders)
     if found is None:
         return model
     return replace(
@@ -61,25 +76,45 @@ def with_projector(model: ModelFiles) -> ModelFiles:
     )
 
 
-def find_projector(model: Path) -> Projector | None:
+def find_projector(model: Path, folders: dict[Path, Neighbours] | None = None) -> Projector | None:
     """The projector that belongs to the GGUF file `model`, as the files in its folder say."""
+    folders = {} if folders is None else folders
     try:
-        names = _ggufs(model.parent)
-        keys = {name: _keys(model.parent / name) for name in names if name != model.name}
-        projectors = [name for name, found in keys.items() if is_projector(found)]
-        chosen = _choose(model, (name for name in keys if name not in projectors), projectors)
-        if chosen is None:
-            return None
-        path = model.parent / chosen
-        return Projector(path, path.stat().st_size, _problem(path, model))
+        if model.parent not in folders:
+            folders[model.parent] = Neighbours(model.parent)
+        found = [_judged(model.parent / name, model) for name in _candidates(model, folders[model.parent])]
     except OSError:
         return None
+    return min(found, key=_rank, default=None)
+
+
+def _candidates(model: Path, near: Neighbours) -> list[str]:
+    own = _stem(model.name)
+    called_alike = [name for name in near.projectors if near.stems[name] == own]
+    return called_alike if called_alike or near.models - {own} else near.projectors
+
+
+def _judged(path: Path, model: Path) -> Projector:
+    try:
+        check_projector(path, model)
+    except LoadError as error:
+        return Projector(path, path.stat().st_size, str(error))
+    return Projector(path, path.stat().st_size)
+
+
+def _rank(found: Projector) -> tuple[bool, int, str]:
+    """One that fits before one that does not, 16 bits before others."""
+    kind = _keys(found.path).get("general.file_type")
+    label = FILE_TYPES.get(kind, "") if isinstance(kind, int) else ""
+    place = _PREFERRED.index(label) if label in _PREFERRED else len(_PREFERRED)
+    return found.problem is not None, place, found.path.name
 
 
 def check_projector(path: Path, model: Path) -> None:
     """Raises CorruptModel or IncompatibleModel for a file that is no whole projector for the images of the GGUF `model`."""
     try:
-        header = read_gguf_header(path)
+        status = path.stat()
+        header = _header(str(path), status.st_size, status.st_mtime_ns)
     except OSError as error:
         raise IncompatibleModel(
             f"The projector {path.name} can't be read: {error.strerror}.", hint="Check the option mmproj."
@@ -90,7 +125,7 @@ def check_projector(path: Path, model: Path) -> None:
         raise IncompatibleModel(
             f"{path.name} is no projector (mmproj).", hint="Choose the mmproj file that was published with the model."
         )
-    if not _reads_images(header):
+    if _of_sounds(header.values):
         raise IncompatibleModel(
             f"{path.name} is a projector for sounds, not for images.", hint="Load the model without it (no_mmproj)."
         )
@@ -102,44 +137,10 @@ def check_projector(path: Path, model: Path) -> None:
         )
 
 
-def _problem(path: Path, model: Path) -> str | None:
-    try:
-        check_projector(path, model)
-    except LoadError as error:
-        return str(error)
-    return None
-
-
-def _choose(model: Path, others: Iterable[str], projectors: list[str]) -> str | None:
-    own = _stem(model.name)
-    seeing = [name for name in projectors if not _of_sounds(model.parent / name)]
-    called_alike = [name for name in seeing if _stem(name) == own]
-    if not called_alike and all(_stem(name) == own for name in others):
-        called_alike = seeing
-    if not called_alike:
-        return None
-
-    def rank(name: str) -> tuple[bool, int, str]:
-        path = model.parent / name
-        label = _type(path)
-        return (
-            _problem(path, model) is not None,
-            _PREFERRED.index(label) if label in _PREFERRED else len(_PREFERRED),
-            name,
-        )
-
-    return min(called_alike, key=rank)
-
-
 def _stem(name: str) -> str:
     """What a file's name says of the model: without its type, part and the words of projectors."""
     plain = _SHARD.sub("", name.lower().removesuffix(".gguf"))
     return re.sub(r"[^a-z0-9]", "", _NO_NAME.sub("", GGUF_TYPE.sub("", plain)))
-
-
-def _ggufs(folder: Path) -> list[str]:
-    with os.scandir(folder) as entries:
-        return sorted(e.name for e in entries if e.name.endswith(".gguf") and not e.name.endswith(UNFINISHED) and e.is_file())
 
 
 def _keys(path: Path) -> Mapping[str, Scalar]:
@@ -152,18 +153,18 @@ def _keys_of(path: str, size: int, mtime_ns: int) -> Mapping[str, Scalar]:
     return first_keys(Path(path))
 
 
-def _type(path: Path) -> str:
-    kind = _keys(path).get("general.file_type")
-    return FILE_TYPES.get(kind, "") if isinstance(kind, int) else ""
+@lru_cache(maxsize=256)
+def _header(path: str, size: int, mtime_ns: int) -> GgufHeader:
+    return read_gguf_header(Path(path))
 
 
-def _of_sounds(path: Path) -> bool:
-    keys = _keys(path)
+def _is_companion(keys: Mapping[str, Scalar]) -> bool:
+    """What belongs to a model and is none: adapters, importance matrices, vocabularies."""
+    return keys.get("general.type") in ("adapter", "imatrix", "vocab")
+
+
+def _of_sounds(keys: Mapping[str, Scalar]) -> bool:
     return keys.get("clip.has_audio_encoder") is True and keys.get("clip.has_vision_encoder") is not True
-
-
-def _reads_images(header: GgufHeader) -> bool:
-    return header.values.get("clip.has_vision_encoder") is True or header.values.get("clip.has_audio_encoder") is not True
 
 
 def _declared_width(header: GgufHeader) -> int | None:

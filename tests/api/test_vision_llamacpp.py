@@ -270,6 +270,8 @@ def test_a_wrong_projector_is_a_typed_load_error(seeing: Seeing) -> None:
             reply = http.post("/v1/internal/model/load", json=body)
             error = reply.json()["error"]
             assert reply.status_code == 422 and words in error["message"], (name, error)
+        alone = http.post("/v1/internal/model/load", json={"model_name": f"seer/{PROJECTOR}"})
+        assert alone.status_code == 422 and "multimodal projector" in alone.json()["error"]["message"]
     finally:
         shutil.rmtree(bad)
         assert seeing.load().status_code == 200

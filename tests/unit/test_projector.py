@@ -24,7 +24,7 @@ from modules.plan.types import Machine
 from modules.settings import ModelSettings
 from modules.shelf import Shelf
 from tests.unit.hub_server import FakeHub
-from tests.unit.model_files import BOOL, U32, gguf_bytes, gguf_keys, projector_bytes
+from tests.unit.model_files import BOOL, STRING, U32, gguf_bytes, gguf_keys, projector_bytes
 
 MODEL = gguf_bytes()
 
@@ -85,7 +85,8 @@ def test_of_several_the_one_in_16_bits(tmp_path: Path, names: list[str], chosen:
     types = {"F16": 1, "BF16": 32, "F32": 0}
     for name in names:
         (tmp_path / f"{name}.gguf").write_bytes(projector_bytes(kind=types[name.removeprefix("mmproj-")]))
-    folder(tmp_path, seer_Q8_0=MODEL, seer_Q4_K_M=MODEL)
+    imatrix = gguf_bytes({"general.type": (STRING, "imatrix"), **gguf_keys()})
+    folder(tmp_path, seer_Q8_0=MODEL, seer_Q4_K_M=MODEL, imatrix_unheard=imatrix)
     assert found(tmp_path, "seer_Q8_0.gguf") == chosen
 
 
