@@ -57,7 +57,8 @@ class Prompt:
 
 
 class Vision:
-    """An open projector. `token` is what stands for an image in a prompt, `cost` the tokens an ordinary picture takes."""
+    """An open projector. `token` is what stands for an image in a prompt, `cost` the tokens an ordinary picture takes, `largest`
+    those that a model which is not `causal` must read at once."""
 
     def __init__(self, lib: MtmdLibrary, model: LlamaModel, path: Path, options: dict[str, Any], threads: int) -> None:
         from loaders._llama_load import FLASH_ATTENTION
@@ -82,7 +83,7 @@ class Vision:
                 raise IncompatibleModel(f"{path.name} reads no images.", hint="Load the model without it (no_mmproj).")
             self.causal = not lib.mtmd_decode_use_non_causal(self._handle, None)
             self.cost, _ = self._tokens(_USUAL)
-            _, self.largest = self._tokens(_LARGE)
+            self.largest = 0 if self.causal else self._tokens(_LARGE)[1]
         except LoadError:
             self.close()
             raise

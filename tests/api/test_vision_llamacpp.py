@@ -137,15 +137,17 @@ def test_the_prefix_cache_knows_the_images(seeing: Seeing) -> None:
     assert seeing.text([WORDS, part("blue"), part("red")]) == seeing.expected["both"]["text"]
 
 
-def test_images_that_take_fewer_positions_than_tokens(seeing: Seeing, lab: Path) -> None:
+@pytest.mark.parametrize("options", [{}, {"batch_size": 5, "ubatch_size": 3}], ids=str)
+def test_images_that_take_fewer_positions_than_tokens(seeing: Seeing, lab: Path, options: dict[str, int]) -> None:
     expected = json.loads((lab / "expected.json").read_text(encoding="utf-8"))["qwen"]
     http = seeing.server.http
-    body = {"model_name": "turner/tiny-qwen-F32.gguf", "args": {"loader": "llamacpp", "engine": seeing.engine, "threads": 1}}
+    args = {"loader": "llamacpp", "engine": seeing.engine, "threads": 1, **options}
     contents = {
         "first": [part("wide"), WORDS],
         "later": [{"type": "text", "text": "Look: "}, part("wide"), {"type": "text", "text": " and "}, part("wide"), WORDS],
     }
     try:
+        body = {"model_name": "turner/tiny-qwen-F32.gguf", "args": args}
         assert http.post("/v1/internal/model/load", json=body).status_code == 200
         for name in ("first", "later", "later", "first"):  # and once from the cache
             answer = seeing.answer(contents[name], logprobs=True).json()
