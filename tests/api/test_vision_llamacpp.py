@@ -14,9 +14,11 @@ import anthropic
 import ollama
 import pytest
 
+from modules.schema import ChatInput, StopParams
 from tests.api.conftest import Server
 from tests.api.test_ui_routes import Page
 from tests.conftest import ROOT
+from tests.contract.test_remote_servers import connected, llama_server
 from tests.pictures import BLUE, RED, data_url, encoded, png
 
 if TYPE_CHECKING:
@@ -277,3 +279,22 @@ def test_a_wrong_projector_is_a_typed_load_error(seeing: Seeing) -> None:
     finally:
         shutil.rmtree(bad)
         assert seeing.load().status_code == 200
+
+
+def test_images_travel_to_llama_server(lab: Path, overlays: Overlays, tmp_path: Path) -> None:
+    """The `remote` backend before a real llama-server: it says that the model sees, and answers what Transformers answers."""
+    folder = lab / "models" / "seer"
+    expected = json.loads((lab / "expected.json").read_text(encoding="utf-8"))["llava"]
+    image, words = {"type": "image"}, {"type": "text", "text": QUESTION}
+    cases: dict[str, list[str | None]] = {"red": ["red", None], "blue": ["blue", None], "both": [None, "blue", "red"]}
+    with connected("llama-server", llama_server(overlays, folder / MODEL, folder / PROJECTOR), tmp_path) as far:
+        assert far.info.image_token is not None and "vision" not in far.info.lacks
+        for case, parts in cases.items():
+            message = {"role": "user", "content": QUESTION, "parts": [words if part is None else image for part in parts]}
+            pictures = tuple(encoded(PICTURES[part]) for part in parts if part is not None)
+            text = far.text(chat=ChatInput((message,)), images=pictures, stop=StopParams(max_tokens=FEW))
+            assert text.strip() == expected[case]["text"].strip(), case
+    apart = tmp_path / "blind"
+    apart.mkdir()
+    with connected("llama-server", llama_server(overlays, folder / MODEL), apart) as blind:
+        assert blind.info.image_token is None and "vision" in blind.info.lacks

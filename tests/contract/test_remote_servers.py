@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import queue
 import re
@@ -40,6 +41,8 @@ params.model.path, params.n_ctx, params.n_parallel, params.port = sys.argv[1], 5
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
 params.hostnames, params.api_keys, params.n_gpu_layers, params.offline = ["127.0.0.1"], [sys.argv[2]], 0, True
 params.fit_params = False
+if len(sys.argv) > 3:
+    params.mmproj.path, params.mmproj_use_gpu = sys.argv[3], False
 server = xllamacpp.Server(params)
 print("LISTENING", server.listening_address, flush=True)
 sys.stdin.read()
@@ -76,10 +79,7 @@ def _command(name: str, overlays: Overlays) -> tuple[list[str], dict[str, str], 
     if not MODEL.is_file():
         pytest.skip("the bundled model is not here")
     if name == "llama-server":
-        if not overlays.has_module("llamacpp", "xllamacpp"):
-            pytest.skip("xllamacpp is not in the llamacpp environment")
-        python = str(overlays.python("llamacpp"))
-        return [python, "-c", _XLLAMACPP, str(MODEL), KEY], overlays.worker_env("llamacpp"), r"LISTENING (http://\S+)"
+        return llama_server(overlays, MODEL)
     if not overlays.has_module("llamacpp", "llama_cpp"):
         pytest.skip("llama-cpp-python is not in the llamacpp environment")
     missing = [module for module in ("sse_starlette", "starlette_context", "pydantic_settings") if find_spec(module) is None]
@@ -92,11 +92,29 @@ def _command(name: str, overlays: Overlays) -> tuple[list[str], dict[str, str], 
     return command, environ, r"Uvicorn running on (http://\S+)"
 
 
+def llama_server(overlays: Overlays, model: Path, projector: Path | None = None) -> tuple[list[str], dict[str, str], str]:
+    """How llama-server is started with a model, and with what sees for it; see `_command`."""
+    if not overlays.has_module("llamacpp", "xllamacpp"):
+        pytest.skip("xllamacpp is not in the llamacpp environment")
+    files = [str(model), KEY, *([str(projector)] if projector is not None else [])]
+    return (
+        [str(overlays.python("llamacpp")), "-c", _XLLAMACPP, *files],
+        overlays.worker_env("llamacpp"),
+        r"LISTENING (http://\S+)",
+    )
+
+
 @pytest.fixture(scope="module", params=["llama-server", "llama-cpp-python"])
 def far(request: pytest.FixtureRequest, overlays: Overlays, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Far]:
     """The server, running, and the loader connected to its one model."""
-    command, environ, pattern = _command(request.param, overlays)
-    folder = tmp_path_factory.mktemp(request.param)
+    with connected(request.param, _command(request.param, overlays), tmp_path_factory.mktemp(request.param)) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def connected(name: str, start: tuple[list[str], dict[str, str], str], folder: Path) -> Iterator[Far]:
+    """A server that is started so, with the loader connected to its one model."""
+    command, environ, pattern = start
     process, url = _started(command, folder, environ, pattern)
     try:
         store = RemoteStore(folder)
@@ -106,7 +124,7 @@ def far(request: pytest.FixtureRequest, overlays: Overlays, tmp_path_factory: py
         engine = RemoteEngine()
         options = {option.name: option.default for option in SPEC.options}
         info = engine.load(model_path(store.path, "far", health.models[0]["id"]), options, lambda _: None)
-        yield Far(engine, info, request.param)
+        yield Far(engine, info, name)
         engine.close()
     finally:
         process.kill()
