@@ -1,4 +1,4 @@
-"""Runs a lab: a script in another environment that reads names of experiments and prints one line of JSON for each."""
+"""Runs code in another environment: any at all, or a lab, which reads names of experiments and prints a line of JSON for each."""
 
 from __future__ import annotations
 
@@ -48,3 +48,18 @@ def run_lab(overlays: Overlays, overlay: str, script: str, folder: Path, **env: 
 
         yield run
         process.stdin.close()
+
+
+def run_in(overlays: Overlays, overlay: str, *arguments: str) -> str:
+    """What the Python of that environment prints when it runs with these arguments. It must end well."""
+    done = subprocess.run(
+        [str(overlays.python(overlay)), "-X", "utf8", *arguments],
+        capture_output=True,
+        encoding="utf-8",
+        timeout=280,
+        env=overlays.worker_env(overlay) | {"OMP_NUM_THREADS": "1"},
+        cwd=overlays.root,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from modules.errors import IncompatibleModel
 from modules.overlays import Overlays
 from modules.quantize.layout import LayerLayout
 from tests.conftest import ROOT
+from tests.unit.lab import run_in
 from tests.unit.model_files import Shapes, hf_folder, llama_tensors
 
 if TYPE_CHECKING:
@@ -196,19 +196,6 @@ def real(overlays: Overlays) -> Overlays:
     return overlays
 
 
-def child(overlays: Overlays, overlay: str, *arguments: str) -> str:
-    done = subprocess.run(
-        [str(overlays.python(overlay)), *arguments],
-        capture_output=True,
-        encoding="utf-8",
-        env=overlays.worker_env(overlay) | {"OMP_NUM_THREADS": "1"},
-        cwd=overlays.root,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
-
-
 @pytest.fixture
 def bundled(root: Path) -> Path:
     found = next((model for model in list_models([root / "models"]) if model.bundled and model.format == "gptq"), None)
@@ -228,10 +215,10 @@ def test_the_bundled_checkpoint_runs_in_llama_cpp(real: Overlays, bundled: Path,
     assert found.problem is None and found.format == "gguf" and found.quantization is not None
     assert found.quantization.method == "Q4_0" and found.has_chat_template
     result = tmp_path / "reference.json"
-    child(real, "transformers", str(ROOT / "tests" / "bridge_lab.py"), "reference", str(bundled), str(result))
+    run_in(real, "transformers", str(ROOT / "tests" / "bridge_lab.py"), "reference", str(bundled), str(result))
     reference = json.loads(result.read_text(encoding="utf-8"))
     logits = tmp_path / "logits.npy"
-    metadata = json.loads(child(real, "llamacpp", "-c", LOGITS, str(out), json.dumps(reference["ids"]), str(logits)))
+    metadata = json.loads(run_in(real, "llamacpp", "-c", LOGITS, str(out), json.dumps(reference["ids"]), str(logits)))
     assert metadata["general.quantized_by"].startswith("GPTQ") and "<|im_start|>" in metadata["tokenizer.chat_template"]
     got, wanted = np.load(logits), np.load(result.with_suffix(".npy"))
     answer = reference["prompt"] - 1
@@ -243,7 +230,7 @@ def test_the_bundled_checkpoint_runs_in_llama_cpp(real: Overlays, bundled: Path,
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the experiment forks, to import torch once")
 def test_rows_follow_the_converter_in_other_architectures(real: Overlays, tmp_path: Path) -> None:
     """Llama's queries and keys, GPT-NeoX's and BLOOM's fused projections, GPT-2's transposed weights: every number arrives."""
-    text = child(real, "transformers", str(ROOT / "tests" / "bridge_lab.py"), "architectures", str(tmp_path))
+    text = run_in(real, "transformers", str(ROOT / "tests" / "bridge_lab.py"), "architectures", str(tmp_path))
     found = json.loads(text.splitlines()[-1])
     assert {name: row["kind"] for name, row in found.items()} == {
         "llama": "Q4_0",

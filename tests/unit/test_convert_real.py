@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from modules.convert import ConvertJob, convert, convert_pickle
 from modules.convert.library import has_converter
 from modules.detect import check, list_models
 from modules.errors import Conflict, CorruptModel, IncompatibleModel, UnsafeModel
+from tests.unit.lab import run_in
 from tests.unit.model_files import write_json
 
 if TYPE_CHECKING:
@@ -54,22 +54,6 @@ print(tokenizer.decode(out[0][ids.shape[1]:], skip_special_tokens=True))
 """
 
 
-def greedy(overlays: Overlays, overlay: str, script: str, *arguments: str) -> str:
-    """Greedy text by the library itself, in its own environment."""
-    command = [str(overlays.python(overlay)), "-X", "utf8", "-c", script, *arguments]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        encoding="utf-8",
-        timeout=240,
-        env=overlays.worker_env(overlay),
-        cwd=overlays.set_dir,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout.strip()
-
-
 @pytest.fixture
 def bundled(root: Path) -> Path:
     """The bundled model's safetensors folder."""
@@ -95,9 +79,9 @@ def test_the_bundled_model_says_the_same_as_gguf(real: Overlays, bundled: Path, 
     assert check(done.path).quantization.method == kind  # type: ignore[union-attr]
     assert stages[-1].fraction == 1.0
     prompt = "<|im_start|>user\nHello! Who are you? 1234 äé 🚀<|im_end|>\n<|im_start|>assistant\n"
-    said = greedy(real, "llamacpp", GREEDY_LLAMA, str(out), prompt, "plain")
+    said = run_in(real, "llamacpp", "-c", GREEDY_LLAMA, str(out), prompt, "plain")
     if exact:
-        assert said == greedy(real, "transformers", GREEDY_HF, str(bundled), prompt, "plain")
+        assert said == run_in(real, "transformers", "-c", GREEDY_HF, str(bundled), prompt, "plain")
     assert len(said) > 5
 
 
@@ -107,10 +91,10 @@ def test_a_sentencepiece_like_model_says_the_same_as_gguf(real: Overlays, shared
     folder = shared / "models" / "stories260K"
     out = tmp_path / "s.gguf"
     asyncio.run(convert(ConvertJob(folder / "hf", "F32", out=out), ignore, real))
-    expected = greedy(real, "llamacpp", GREEDY_LLAMA, str(folder / "stories260K-f32.gguf"), "Once upon a time", "bos")
+    expected = run_in(real, "llamacpp", "-c", GREEDY_LLAMA, str(folder / "stories260K-f32.gguf"), "Once upon a time", "bos")
     assert "Lily" in expected
-    assert greedy(real, "llamacpp", GREEDY_LLAMA, str(out), "Once upon a time", "bos") == expected
-    assert greedy(real, "transformers", GREEDY_HF, str(folder / "hf"), "Once upon a time", "bos") == expected
+    assert run_in(real, "llamacpp", "-c", GREEDY_LLAMA, str(out), "Once upon a time", "bos") == expected
+    assert run_in(real, "transformers", "-c", GREEDY_HF, str(folder / "hf"), "Once upon a time", "bos") == expected
 
 
 @pytest.mark.slow

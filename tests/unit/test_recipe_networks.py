@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.conftest import ROOT
+from tests.unit.lab import run_in
+
 if TYPE_CHECKING:
     from modules.overlays import Overlays
 
-ROOT = Path(__file__).resolve().parents[2]
 BUNDLED = {"wren-opt-6m": "transformers", "wren-rwkv-7m": "rwkv"}
 
 
@@ -22,10 +22,8 @@ def lab(overlays: Overlays, environment: str, what: str) -> dict[str, float]:
     """The differences that tests/recipe_lab.py measures, in the environment that has the library."""
     if not overlays.complete(environment):
         pytest.skip(f"needs the {environment} environment, which is not installed")
-    command = [str(overlays.python(environment)), str(ROOT / "tests" / "recipe_lab.py"), what]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=overlays.worker_env(environment))
-    assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    said = run_in(overlays, environment, str(ROOT / "tests" / "recipe_lab.py"), what)
+    found: dict[str, float] = json.loads(said.splitlines()[-1])
     return found
 
 
