@@ -32,6 +32,19 @@ def write_llava(folder: Path, name: str, model: Any, words: Any, template: str) 
     write_gguf(folder / f"mmproj-{name}-F32.gguf", _siglip_keys(model), _siglip(model))
 
 
+def write_gemma(folder: Path, name: str, model: Any, words: Any, template: str) -> None:
+    """The LLaVA again with its images read as Gemma 3 reads them: four patches to a token, each of which sees the whole image."""
+    folder.mkdir(parents=True, exist_ok=True)
+    keys = _siglip_keys(model) | {"clip.projector_type": "gemma3", "clip.vision.projector.scale_factor": 2}
+    del keys["clip.vision.feature_layer"]
+    tensors = {key: tensor for key, tensor in _siglip(model).items() if not key.startswith("mm.")}
+    tensors |= _both("v.post_ln", model.model.vision_tower.post_layernorm)
+    tensors["mm.input_projection.weight"] = _tensor(model.model.multi_modal_projector.linear_1.weight)
+    tensors["mm.soft_emb_norm.weight"] = ((32,), [1.0] * 32)
+    write_gguf(folder / f"{name}-F32.gguf", _text_keys("llama", model, words, template), _language_model(model, turned=True))
+    write_gguf(folder / f"mmproj-{name}-F32.gguf", keys, tensors)
+
+
 def write_qwen(folder: Path, name: str, model: Any, words: Any, template: str) -> None:
     """The same of a Qwen2VLForConditionalGeneration."""
     folder.mkdir(parents=True, exist_ok=True)

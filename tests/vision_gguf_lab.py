@@ -31,7 +31,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.vision_gguf import write_llava, write_qwen
+from tests.vision_gguf import write_gemma, write_llava, write_qwen
 from tests.vision_lab import CASES, QUESTION, TEMPLATE, tokenizer
 
 COUNT, MARGIN = 6, 0.08
@@ -68,6 +68,7 @@ def llava(folder: Path) -> dict[str, Any]:
     )
     model = _random(LlavaForConditionalGeneration(config), 0.4)
     write_llava(folder / "models" / "seer", "tiny-llava", model, words, TEMPLATE)
+    write_gemma(folder / "models" / "whole", "tiny-whole", model, words, TEMPLATE)
     processor = LlavaProcessor(
         image_processor=CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
         tokenizer=words,

@@ -160,6 +160,21 @@ def test_images_that_take_fewer_positions_than_tokens(seeing: Seeing, lab: Path,
         assert seeing.load().status_code == 200
 
 
+def test_an_image_that_must_be_read_at_once_is(seeing: Seeing) -> None:
+    """Its 4 tokens see each other: in batches of 2 llama.cpp would end the process."""
+    answers = []
+    try:
+        for options in ({}, {"batch_size": 2, "ubatch_size": 2}):
+            args = {"loader": "llamacpp", "engine": seeing.engine, "threads": 1, **options}
+            body = {"model_name": "whole/tiny-whole-F32.gguf", "args": args}
+            assert seeing.server.http.post("/v1/internal/model/load", json=body).status_code == 200
+            answers.append([seeing.text([part(name), WORDS]) for name in ("red", "blue", "red")])
+        first, blue, again = answers[0]
+        assert first == again != blue and answers[0] == answers[1]
+    finally:
+        assert seeing.load().status_code == 200
+
+
 def test_small_batches_give_the_same(seeing: Seeing) -> None:
     try:
         assert seeing.load(batch_size=7, ubatch_size=3).status_code == 200
