@@ -87,7 +87,12 @@ class BatchRun:
 
     async def run(self) -> Progress:
         """The final progress. Raises AppError when the batch can't go on; cancelling stops it. Results so far are kept."""
-        output, todo, self._total = await asyncio.to_thread(self._open)
+        opening = asyncio.get_running_loop().create_task(asyncio.to_thread(self._open))
+        try:
+            output, todo, self._total = await asyncio.shield(opening)
+        except asyncio.CancelledError:  # the thread goes on, and what it opens must be closed
+            (await opening)[0].close()
+            raise
         self._output = output
         active: set[asyncio.Task[dict[str, Any]]] = set()
         try:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +16,14 @@ from hypothesis import strategies as st
 
 from loaders.echo import SPEC
 from modules import caller
+from modules.batch import jobs as jobs_module
 from modules.batch.files import Output, read_lines, refuse_same
+from modules.batch.jobs import BatchJobs
 from modules.batch.lines import URLS, answered, failed, parse_line, refused
 from modules.batch.runner import BatchRun, Progress
 from modules.errors import Conflict, EngineDead, InvalidParameter, NoModelLoaded, NotFound, StorageFull
+from modules.events import EventBus
+from modules.overlays import write_json
 from modules.residents import Place, Ticket
 from modules.schema import ModelInfo
 
@@ -299,3 +305,37 @@ def test_a_model_may_run_more_at_once_than_its_loader_says() -> None:
     assert place.slots == SPEC.slots
     place.info = ModelInfo("m", "m", "echo", "echo", slots=3)
     assert place.slots == 3
+
+
+# --- the server's batches ----------------------------------------------------------------------------------------
+
+
+async def test_a_stop_while_the_first_state_is_saved_is_heard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, gate = asyncio.Event(), threading.Event()
+
+    async def resolve(name: str | None) -> Any:
+        return SimpleNamespace(model=SimpleNamespace(id="m"))
+
+    async def answer(*request: Any) -> Any:
+        asked.set()
+        await asyncio.Event().wait()
+
+    def save(path: Path, value: dict[str, Any]) -> None:
+        if value["state"] == "running":
+            assert gate.wait(60)
+        write_json(path, value)
+
+    monkeypatch.setattr(jobs_module, "write_json", save)
+    monkeypatch.setattr(jobs_module, "slots_of", lambda services, model: 1)
+    manager = SimpleNamespace(active=lambda: "m", resolve=resolve)
+    jobs = BatchJobs(SimpleNamespace(manager=manager, events=EventBus()), tmp_path, answer)  # type: ignore[arg-type]
+    batch = await jobs.create("b.jsonl")
+    await jobs.upload(batch.id, 0, (line("one", prompt="x") + "\n").encode())
+    await jobs.start(batch.id)
+    await asyncio.wait_for(asked.wait(), 20)
+    stop = asyncio.create_task(jobs.stop(batch.id, "paused"))
+    await asyncio.sleep(0)  # it has asked the work to end, and waits for that
+    gate.set()
+    await asyncio.wait_for(stop, 20)
+    await jobs.close()
+    assert batch.state == "paused" and not jobs.output_path(batch.id).read_bytes()
