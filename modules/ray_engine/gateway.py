@@ -52,6 +52,7 @@ class Gateway:
         self._streams: dict[str, Stream] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
         self._replicas: dict[str, dict[str, Any]] = {}
+        self._dead: set[str] = set()  # what else is heard of these was said before they ended
         self._loading: asyncio.Future[dict[str, Any]] | None = None
         self._loaded = False
         self._last_failure: AppError | None = None
@@ -150,7 +151,8 @@ class Gateway:
             self._send({"type": "log", "level": "info", "text": note["text"]})
         elif kind == "progress" and self._loading is not None:
             self._send({"type": "progress", "stage": note["stage"], "fraction": note["fraction"]})
-        elif kind in ("ready", "memory"):
+        elif kind == "ready" or (kind == "memory" and replica not in self._dead):
+            self._dead.discard(replica)
             known = self._replicas.get(replica, {})
             self._replicas[replica] = {**known, **note, "heard": time.monotonic()}
             if kind == "ready":
@@ -158,8 +160,11 @@ class Gateway:
                 self._spawn(self._announce())
             else:
                 self._send_status()
+        elif kind == "crashed" and self._replicas.get(replica, note)["worker"] != note["worker"]:
+            pass  # told late: it has another worker already
         elif kind in ("failed", "crashed"):
             self._replicas.pop(replica, None)
+            self._dead.add(replica)
             self._last_failure = error_from_wire(note["error"])
             if kind == "failed" and self._loading is not None and not self._loading.done():
                 self._loading.set_exception(self._last_failure)
@@ -215,6 +220,7 @@ class Gateway:
         """Ray names the actor that it lost."""
         for name in [name for name in self._replicas if name in text]:
             del self._replicas[name]
+            self._dead.add(name)
             self._send_status()
 
     def _lost(self, reason: str, detail: str) -> EngineDead:

@@ -16,6 +16,8 @@ SERVE = {
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_LOG_TO_STDERR": "0",
+    # A process that is started just after another's end may find its stdin closed by uvloop, and its own end is then never told.
+    "RAY_USE_UVLOOP": "0",
 }
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",

@@ -126,7 +126,7 @@ class Replica:
 
     def _died(self, error: EngineDead) -> None:
         self._ready.clear()
-        self._post("crashed", error=error.to_wire())
+        self._post("crashed", error=error.to_wire(), worker=self._client.pid if self._client is not None else None)
         now = time.monotonic()
         self._deaths = [t for t in self._deaths if now - t < RESTART_WINDOW_S] + [now]
         if len(self._deaths) > RESTARTS:

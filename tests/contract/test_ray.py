@@ -94,13 +94,13 @@ class Streamed:
 
 @pytest.fixture(scope="module")
 def pair(loop: asyncio.AbstractEventLoop, ray_engine: RayEngine) -> Iterator[Replicas]:
-    pair = Replicas(loop, ray_engine, 2, 2)
+    pair = Replicas(loop, ray_engine, 2, 2, slots=1)  # so that two answers are always on both
     yield pair
     pair.run(pair.client.close())
 
 
 def test_the_server_may_send_what_all_replicas_run(pair: Replicas) -> None:
-    assert pair.client.info is not None and pair.client.info.slots == 2 * ECHO.slots
+    assert pair.client.info is not None and pair.client.info.slots == 2
     assert "2 replicas" in pair.client.info.notes[-1]
     assert pair.client.versions.keys() >= {"ray", "echo", "python"}
     assert {"pid", "worker", "node", "bytes"} <= pair.client.replicas[0].keys()
