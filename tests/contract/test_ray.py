@@ -102,9 +102,10 @@ def pair(loop: asyncio.AbstractEventLoop, ray_engine: RayEngine) -> Iterator[Rep
 def test_the_server_may_send_what_all_replicas_run(pair: Replicas) -> None:
     assert pair.client.info is not None and pair.client.info.slots == 2
     assert "2 replicas" in pair.client.info.notes[-1]
+    replicas = pair.run(pair.these(2))
     assert pair.client.versions.keys() >= {"ray", "echo", "python"}
-    assert {"pid", "worker", "node", "bytes"} <= pair.client.replicas[0].keys()
-    assert (pair.client.memory_bytes() or 0) > sum(replica["bytes"] for replica in pair.client.replicas) > 0
+    assert {"pid", "worker", "node", "bytes"} <= replicas[0].keys()
+    assert (pair.client.memory_bytes() or 0) > sum(replica["bytes"] for replica in replicas) > 0
 
 
 @pytest.mark.parametrize(("victim", "words"), [("pid", "its process ended"), ("worker", "SIGKILL")])
