@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 
 
@@ -25,5 +26,16 @@ def main(argv: list[str]) -> int:
         return print_problem(error)
 
 
+def until_nobody_reads(argv: list[str]) -> int:
+    """`main`, for output that `| head` may stop reading: no fault of ours, so no traceback. Exit status then: 1."""
+    try:
+        status = main(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the interpreter's end
+        return 1
+    return status
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(until_nobody_reads(sys.argv[1:]))

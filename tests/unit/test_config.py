@@ -253,6 +253,16 @@ def test_help_and_the_sample_file_print(tmp_path: Path) -> None:
     )
 
 
+def test_a_reader_that_has_enough_gets_no_traceback() -> None:
+    for flag in ("--help", "--print-config"):
+        with subprocess.Popen(
+            [sys.executable, "server.py", flag], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ) as process:
+            assert process.stdout is not None and process.stderr is not None
+            process.stdout.close()
+            assert process.stderr.read() == b"" and process.wait() in (0, 1), flag
+
+
 def test_the_command_line_is_read_without_heavy_imports() -> None:
     code = (
         "import sys; from modules.command_line import parse; parse(['--listen-port', '1']); "
