@@ -22,6 +22,7 @@ from loaders import _hf_compat, _hf_load
 from loaders._gptq_load import Checkpoint, Chooser, dtype_on, on_one_device, open_checkpoint
 from loaders._gptq_tensors import unpack
 from loaders._hf_text import TextCodec
+from loaders._process import memory_given_back
 from loaders.autogptq import PACKAGE_KERNEL
 from modules.detect.weights import INDEX
 from modules.errors import AppError, BackendUnavailable, CorruptModel, IncompatibleModel
@@ -66,14 +67,15 @@ def load(path: str, options: dict[str, Any], progress: Progress) -> _hf_load.Loa
         tokenizer = _hf_compat.read_tokenizer(checkpoint.folder)
         config = _hf_compat.read_config(checkpoint.folder)
         progress(LoadProgress("Reading weights"))
-        model = _through_package(package, checkpoint, packed, config, device if own else torch.device("cpu"))
-        used = Counter({PACKAGE_KERNEL: len(packed.layouts)})
-        if not own:
-            for parameter in model.parameters():  # not the buffers: computed ones stay in float32
-                parameter.data = parameter.data.to(device, dtype_on(device))
-            used = swap(model, package, checkpoint, packed, Chooser(options["kernel"], device, packed.layouts), progress)
-            if device.type != "cpu":  # a kernel on the CPU holds the addresses of its tensors: nothing may move them
-                model.to(device)
+        with memory_given_back():  # else the package's layers stay beside ours
+            model = _through_package(package, checkpoint, packed, config, device if own else torch.device("cpu"))
+            used = Counter({PACKAGE_KERNEL: len(packed.layouts)})
+            if not own:
+                for parameter in model.parameters():  # not the buffers: computed ones stay in float32
+                    parameter.data = parameter.data.to(device, dtype_on(device))
+                used = swap(model, package, checkpoint, packed, Chooser(options["kernel"], device, packed.layouts), progress)
+                if device.type != "cpu":  # a kernel on the CPU holds the addresses of its tensors: nothing may move them
+                    model.to(device)
         _generation_config(checkpoint.folder, model)
     except AppError:
         raise

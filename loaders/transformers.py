@@ -103,8 +103,10 @@ SPEC = LoaderSpec(
 
 _STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 # Of the machine's bandwidth. bfloat16 is slow where the processor has no instructions for it.
-EFFICIENCY = {"float32": 0.8, "float16": 0.35, "bfloat16": 0.35, "8 bits": 0.25, "4 bits": 0.35}
+EFFICIENCY = {"float32": 0.8, "float16": 0.35, "bfloat16": 0.35, "8 bits": 0.15, "4 bits": 0.35}
 _BFLOAT16_SETS, _BFLOAT16_EFFICIENCY = frozenset({"avx512_bf16", "amx_bf16"}), 0.65
+# Without AVX-512, bitsandbytes expands each matrix for each token.
+_EXPANDED_EFFICIENCY = 0.0125
 _LAYER_S = 0.0006
 
 
@@ -154,8 +156,11 @@ def estimate(shape: Shape, options: Mapping[str, Any], machine: Machine) -> Memo
 
 
 def _efficiency(dtype: str, options: Mapping[str, Any], machine: Machine) -> float:
-    if options["load_in_8bit"] or options["load_in_4bit"]:
-        return EFFICIENCY["8 bits" if options["load_in_8bit"] else "4 bits"]
+    if options["load_in_8bit"]:
+        return EFFICIENCY["8 bits"]
+    if options["load_in_4bit"]:
+        expanded = (not machine.gpus or options["cpu"]) and not any(name.startswith("avx512") for name in machine.instructions)
+        return _EXPANDED_EFFICIENCY if expanded else EFFICIENCY["4 bits"]
     if dtype == "bfloat16" and _BFLOAT16_SETS & set(machine.instructions):
         return _BFLOAT16_EFFICIENCY
     return EFFICIENCY[dtype]
