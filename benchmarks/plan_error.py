@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import contextlib
 import dataclasses
+import json
 import re
 import subprocess
 import tempfile
@@ -19,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import ROOT, Overlays, report
+from common import RESULTS, ROOT, Overlays, report
 
 from modules.detect import inspect
 from modules.load_options import complete_options
@@ -192,12 +193,18 @@ def made(folder: Path, arguments: argparse.Namespace) -> dict[str, Path]:
     return {name: Path(path) for name, path in found.items() if path}
 
 
+def recorded() -> list[dict[str, Any]]:
+    """The rows of the last run."""
+    path = RESULTS / "plan_error.json"
+    return list(json.loads(path.read_text(encoding="utf-8"))["figures"]["rows"]) if path.is_file() else []
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--hf", type=Path, help="the 1.1B Llama as safetensors (benchmarks/make_model.py)")
     parser.add_argument("--gguf", type=Path, help="the same as Q4_0")
     parser.add_argument("--gptq", type=Path, help="the same as 4-bit GPTQ")
-    parser.add_argument("--only", default="", help="a loader")
+    parser.add_argument("--only", default="", help="loaders, separated by commas; the others' rows stay as they were recorded")
     parser.add_argument("--keep", type=Path, help="folder for what is made here")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="switchyard-plan-") as name, report("plan_error") as figures:
@@ -205,9 +212,10 @@ def main() -> None:
         models = made(folder, arguments)
         cases = [(ROOT / "models" / path, loader, options) for path, loader, options in BUNDLED]
         cases += [(models[path], loader, options) for path, loader, options in LARGE if path in models]
-        rows = []
+        only = set(filter(None, arguments.only.split(",")))
+        rows = [row for row in recorded() if only and row["loader"] not in only]
         for path, loader, options in cases:
-            if loader.startswith(arguments.only):
+            if not only or loader in only:
                 rows.append(asyncio.run(measure(path, loader, options, Path(name))))
                 print(rows[-1], flush=True)
         figures["rows"] = rows
