@@ -120,7 +120,7 @@ def main() -> None:
             text=Path(arguments.text).name if arguments.text else "held-out dialogue",
             windows=result["windows"],
             torch=result["torch"],
-            calibration=f"bundled, {' and '.join(map(str, draws(arguments)))} windows of 512 tokens",
+            calibration=f"bundled, {', '.join(map(str, draws(arguments)))} windows of 512 tokens",
             rows=[rounded(row) for row in result["rows"]],
         )
         print(json.dumps(figures["rows"], indent=1), file=sys.stderr)

@@ -54,6 +54,13 @@ HEADLINES = (
         "at most {largest_spread:.4%} apart",
     ),
     ("load_cycles", "100 loads and unloads of two models", "memory {slope_kib_per_cycle:+.0f} KiB a cycle"),
+    (
+        "gptq_speed",
+        "GPTQ of 1.1B in 4 bits ÷ llama.cpp's Q4_0 and ÷ Transformers in bfloat16, tokens/s",
+        "{4-bit[decode / llama.cpp Q4_0]:.2f} and {4-bit[decode / transformers bf16]:.1f}; "
+        "prompt {4-bit[prefill / llama.cpp Q4_0]:.2f} and {4-bit[prefill / transformers bf16]:.1f}",
+    ),
+    ("quantize_time", "time to quantise ÷ GPTQModel's; peak memory", "{time_ratio:.2f}; {peak_memory_ratio:.2f}"),
 )
 PART = re.compile(r"(<!-- generated: ([\w-]+) -->\n).*?(<!-- end: \2 -->)", re.DOTALL)
 
