@@ -36,7 +36,8 @@ HEADLINES = (
     (
         "structured",
         "held to a JSON schema ÷ free text, tokens/s",
-        "Transformers {wren-6m on transformers[ratio]:.2f}, GPTQ {wren-6m-gptq-4bit-128g on gptq_for_llama[ratio]:.2f}",
+        "Transformers {wren-6m on transformers[ratio]:.2f}, GPTQ {wren-6m-gptq-4bit-128g on gptq_for_llama[ratio]:.2f}, "
+        "llama.cpp {wren-6m-gguf/wren-6m-F16_gguf on llamacpp[ratio]:.2f}",
     ),
     (
         "rwkv",
@@ -152,7 +153,8 @@ def headlines() -> str:
     for name, what, text in HEADLINES:
         path = ROOT / "benchmarks" / "results" / f"{name}.json"
         if path.is_file():
-            rows.append([what, text.format(**json.loads(path.read_text(encoding="utf-8"))["figures"])])
+            figures = json.loads(path.read_text(encoding="utf-8"))["figures"]
+            rows.append([what, text.format(**{key.replace(".", "_"): value for key, value in figures.items()})])
     return table(["measured", "figure"], rows)
 
 
