@@ -41,11 +41,12 @@ class Converter:
 
     def __init__(self) -> None:
         self.jobs: list[ConvertJob] = []
-        self.gate = asyncio.Event()
+        self.started, self.gate = asyncio.Event(), asyncio.Event()
         self.failure: Exception | None = None
 
     async def __call__(self, job: ConvertJob, on_progress: Callable[[LoadProgress], None], overlays: Overlays) -> Converted:
         self.jobs.append(job)
+        self.started.set()
         on_progress(LoadProgress("Writing tensors", 0.5))
         await self.gate.wait()
         if self.failure is not None:
@@ -101,7 +102,7 @@ async def test_one_after_another(place: Place) -> None:
 
 async def test_stopped_at_work_and_while_it_waits(place: Place) -> None:
     first, second = await place.jobs.start("base", "Q8_0"), await place.jobs.start("base", "Q4_0")
-    await place.state(first["id"], "running")
+    await asyncio.wait_for(place.converter.started.wait(), 20)
     with pytest.raises(Conflict):
         place.jobs.forget(first["id"])
     assert (await place.jobs.cancel(second["id"]))["state"] == "cancelled"
