@@ -188,8 +188,9 @@ def made(folder: Path, arguments: argparse.Namespace) -> dict[str, Path]:
     found |= {"rwkv": folder / "rwkv-1b", "opt": folder / "opt-1b"}
     for kind in ("Q8_0", "Q4_K_M"):
         found[f"gguf-{kind}"] = folder / f"llama-1.1b-{kind}.gguf"
-        flags = ["--type", kind, "--out", found[f"gguf-{kind}"], "--requantize"]
-        run("parent", "server.py", "convert", arguments.gguf, *flags)
+        if not found[f"gguf-{kind}"].exists():  # kept from an earlier run
+            flags = ["--type", kind, "--out", found[f"gguf-{kind}"], "--requantize"]
+            run("parent", "server.py", "convert", arguments.gguf, *flags)
     return {name: Path(path) for name, path in found.items() if path}
 
 
