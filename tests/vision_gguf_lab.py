@@ -32,7 +32,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.vision_gguf import write_gemma, write_llava, write_qwen
-from tests.vision_lab import CASES, QUESTION, TEMPLATE, tokenizer
+from tests.vision_lab import QUESTION, TEMPLATE, asked, text_settings, tokenizer
 
 COUNT, MARGIN = 6, 0.08
 MARKS = {"start": "<|vision_start|>", "pad": "<|image_pad|>", "end": "<|vision_end|>", "video": "<|video_pad|>"}
@@ -42,18 +42,7 @@ WIDE: dict[str, list[str | None]] = {"first": [None, QUESTION], "later": ["Look:
 def llava(folder: Path) -> dict[str, Any]:
     words = tokenizer()
     torch.manual_seed(4)
-    text = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
-    )
+    text = LlamaConfig(**text_settings(words))
     vision = SiglipVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
     )
@@ -76,14 +65,7 @@ def llava(folder: Path) -> dict[str, Any]:
         vision_feature_select_strategy="full",
         chat_template=TEMPLATE,
     )
-    expected = {}
-    for name, parts in CASES.items():
-        pictures = [Image.open(folder / f"{part}.png") for part in parts if part != QUESTION]
-        content = [{"type": "text", "text": part} if part == QUESTION else {"type": "image"} for part in parts]
-        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        inputs = processor(text=[prompt], images=pictures or None, return_tensors="pt", add_special_tokens=False)
-        expected[name] = _answer(model, words, **inputs)
-    return expected
+    return {name: _answer(model, words, **inputs) for name, inputs in asked(processor, folder)}
 
 
 def qwen(folder: Path) -> dict[str, Any]:
@@ -116,18 +98,9 @@ def qwen(folder: Path) -> dict[str, Any]:
 def _model(words: Any, ids: dict[str, int]) -> Any:
     torch.manual_seed(34)
     text = Qwen2VLTextConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
+        **text_settings(words),
         rms_norm_eps=1e-6,
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]},
-        bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
     )
     vision = Qwen2VLVisionConfig(depth=2, embed_dim=32, hidden_size=32, mlp_ratio=2, num_heads=2, patch_size=8)
     config = Qwen2VLConfig(

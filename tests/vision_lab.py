@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +47,36 @@ def tokenizer() -> Any:
     return Fast(tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", extra_special_tokens=special)
 
 
+def text_settings(words: Any) -> dict[str, Any]:
+    """What the language models of the tiny vision models are made of, whatever their family."""
+    return {
+        "vocab_size": len(words),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "bos_token_id": words.bos_token_id,
+        "eos_token_id": words.eos_token_id,
+        "pad_token_id": words.pad_token_id,
+    }
+
+
+def asked(processor: Any, folder: Path) -> Iterator[tuple[str, Any]]:
+    """(name, the processor's tensors) of each case; its pictures are in `folder`."""
+    for name, parts in CASES.items():
+        pictures = [Image.open(folder / f"{part}.png") for part in parts if part != QUESTION]
+        content = [{"type": "text", "text": part} if part == QUESTION else {"type": "image"} for part in parts]
+        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        inputs = processor(text=[prompt], images=pictures or None, return_tensors="pt", add_special_tokens=False)
+        yield name, inputs
+
+
 def make(folder: Path) -> tuple[Any, Any]:
     torch.manual_seed(0)
     words = tokenizer()
-    text = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
-    )
+    text = LlamaConfig(**text_settings(words))
     vision = CLIPVisionConfig(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
     )
@@ -91,15 +107,11 @@ def make(folder: Path) -> tuple[Any, Any]:
 def main(folder: Path) -> None:
     model, processor = make(folder / "tiny-llava")
     expected = {}
-    for name, parts in CASES.items():
-        pictures = [Image.open(folder / f"{part}.png") for part in parts if part != QUESTION]
-        content = [{"type": "text", "text": part} if part == QUESTION else {"type": "image"} for part in parts]
-        prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-        inputs = processor(text=[prompt], images=pictures or None, return_tensors="pt", add_special_tokens=False)
+    for name, inputs in asked(processor, folder):
         with torch.inference_mode():
             ids = model.generate(**inputs, max_new_tokens=COUNT, do_sample=False)[0, inputs["input_ids"].shape[1] :].tolist()
         text = processor.tokenizer.decode(ids, skip_special_tokens=True)
-        expected[name] = {"prompt": prompt, "ids": ids, "text": text, "prompt_tokens": int(inputs["input_ids"].shape[1])}
+        expected[name] = {"ids": ids, "text": text, "prompt_tokens": int(inputs["input_ids"].shape[1])}
     (folder / "expected.json").write_text(json.dumps(expected), encoding="utf-8")
 
 

@@ -12,7 +12,7 @@ from modules.api import ollama_models as models
 from modules.api.ui_library import check_idle, tell
 from modules.download.hub import list_repository
 from modules.download.plan import variants
-from modules.errors import AppError, ModelNotFound
+from modules.errors import AppError, Conflict, ModelNotFound, error_from_wire
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -69,8 +69,9 @@ async def _progress(services: Services, job_id: str) -> AsyncIterator[dict[str, 
         if job["state"] == "done":
             break
         if job["state"] not in ("queued", "running"):
-            error = job["error"] or {"message": f"The download was {job['state']} on the Models page.", "hint": ""}
-            raise AppError(error["message"], hint=error["hint"])
+            if job["error"] is not None:
+                raise error_from_wire(job["error"])
+            raise Conflict(f"The download was {job['state']} on the Models page.")
         if job["file"]:
             line = {"status": f"pulling {job['file']}", "digest": job["file"]}
             yield line | {"total": job["total_bytes"], "completed": job["done_bytes"]}
