@@ -257,6 +257,13 @@ def test_a_user_key_loads_no_models(locked: Server) -> None:
         assert answer.status_code == status, answer.text
 
 
+@pytest.mark.parametrize(("method", "path"), [("POST", "/api/pull"), ("DELETE", "/api/delete")])
+def test_a_user_key_brings_and_removes_no_models(locked: Server, method: str, path: str) -> None:
+    for key, status in (("user-key-1234", 403), ("admin-key-1234", 404)):
+        answer = locked.http.request(method, path, json={"model": "no such"}, headers={"x-api-key": key})
+        assert answer.status_code == status, answer.text
+
+
 def test_the_printed_address_logs_in_once(locked: Server) -> None:
     assert "?token=" in locked.login
     with httpx.Client(base_url=locked.url, follow_redirects=False) as browser:
