@@ -23,7 +23,7 @@ from starlette.staticfiles import StaticFiles
 from modules.ui.access import Access
 from modules.ui.batch_tab import batch_tab
 from modules.ui.evaluate_tab import evaluate_tab
-from modules.ui.models import SHOW_OPTIONS, ModelBar, load_options_form
+from modules.ui.models import ModelBar, load_options_form
 from modules.ui.parameters import ParameterPanel
 from modules.ui.quantize_tab import quantize_tab
 from modules.ui.settings_page import SettingsPage
@@ -98,11 +98,9 @@ def build_blocks(services: Services) -> gr.Blocks:
         bar.wire(options)
         panel.wire()
         quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        filled = blocks.load(bar.fill, None, bar.outputs, **quiet)
-        filled.then(None, [bar.backend], None, js=SHOW_OPTIONS, **quiet)  # a value set so early may count as no change
+        bar.wire_changes(blocks, shell)
         blocks.load(panel.fill, None, panel.outputs, **quiet)
         blocks.load(settings.fill, None, settings.outputs, **quiet)
-        shell.models_changed(bar.fill, None, bar.outputs, **quiet)
         shell.models_changed(panel.fill, None, panel.outputs, **quiet)
         shell.settings_changed(panel.fill, None, panel.outputs, **quiet)
         shell.settings_changed(settings.fill, None, settings.outputs, **quiet)

@@ -66,24 +66,38 @@ class ModelBar:
         self._unload.click(inputs=None, outputs=None, js="() => { window.switchyard.unload(); }", **js_only)
         self.backend.change(inputs=[self.backend], outputs=None, js=SHOW_OPTIONS, **js_only)
 
-    @staticmethod
-    def _pick(dropdown: gr.Dropdown, answer: Any, inputs: list[Any], outputs: list[Any]) -> None:
+    def wire_changes(self, blocks: gr.Blocks, shell: Any) -> None:
+        """Filled when the page is opened and after every change that the shell tells of."""
+        first = blocks.load(self.fill, None, self.outputs, **QUIET)
+        first.then(None, [self.backend], None, js=SHOW_OPTIONS, **QUIET)  # a value set so early may count as no change
+        self._tell("filled", first)
+        self._tell("filled", shell.models_changed(self.fill_again, None, self.outputs, **QUIET))
+
+    def _pick(self, dropdown: gr.Dropdown, answer: Any, inputs: list[Any], outputs: list[Any]) -> None:
         """What a choice changes comes from the server: a Load in the meantime waits for it."""
-        begin = "(...values) => { window.switchyard.picking(); return values; }"
+        begin = "(...values) => { window.switchyard.picking(...values); return values; }"
         picked = dropdown.input(answer, inputs, outputs, js=begin, **QUIET)
-        picked.then(fn=None, js="() => { window.switchyard.picked(); }", **QUIET)
+        self._tell("picked", picked)
+
+    def _tell(self, what: str, answered: Any) -> None:
+        """The page's choice.js hears that an answer is shown, and what both dropdowns show with it."""
+        js = f"(model, backend) => {{ window.switchyard?.{what}(model, backend); }}"
+        answered.then(None, [self.model, self.backend], None, js=js, **QUIET)
 
     def _chosen(self, model_id: str | None) -> list[Any]:
         return [self.backends(model_id), *self._options.fill(model_id)]
 
     def _picked(self, model_id: str | None, backend: str | None) -> list[Any]:
         """A backend that can't take the chosen model offers the bundled one that it can: Load is the next click."""
-        other = None if backend is None or self._takes(model_id, backend) else self.bundled_for(backend)
-        if other is None:
+        other = self._taken_by(backend, model_id)
+        if other == model_id:
             return [gr.skip() for _ in self.outputs]
-        choices = self.backends(other)
-        choices["value"] = backend
-        return [gr.update(value=other), choices, *self._options.fill(other)]
+        return [gr.update(value=other), self.backends(other, backend), *self._options.fill(other)]
+
+    def _taken_by(self, backend: str | None, model_id: str | None) -> str | None:
+        if backend is None or self._takes(model_id, backend):
+            return model_id
+        return self.bundled_for(backend) or model_id
 
     def _takes(self, model_id: str | None, backend: str) -> bool:
         return any(name == backend and ok for name, ok, _ in self._access.backends(model_id))
@@ -94,11 +108,11 @@ class ModelBar:
         best = (i for i in taking if next(name for name, ok, _ in self._access.backends(i) if ok) == backend)
         return next(best, taking[0] if taking else None)
 
-    def backends(self, model_id: str | None) -> Any:
-        """The backends for a model: the best first, each that can't take it with the reason."""
+    def backends(self, model_id: str | None, chosen: str | None = None) -> Any:
+        """The backends for a model: best first, each that can't take it with the reason; the best is chosen if none is."""
         choices = self._access.backends(model_id)
         best = next((name for name, ok, _ in choices if ok), None)
-        return gr.update(choices=[(self._words(*choice), choice[0]) for choice in choices], value=best)
+        return gr.update(choices=[(self._words(*choice), choice[0]) for choice in choices], value=chosen or best)
 
     def _words(self, name: str, ok: bool, reason: str) -> str:
         title = self._access.title(name)
@@ -107,13 +121,25 @@ class ModelBar:
     def fill(self) -> list[Any]:
         """Both dropdowns, set to what is loaded, and the options that model is loaded with."""
         models = self._access.models()
-        resident = self._access.active()
-        chosen = resident[0] if resident else next((model["id"] for model in models if not model.get("problem")), None)
-        backend = self.backends(chosen)
-        if resident:
-            backend["value"] = resident[1]
+        first = next((model["id"] for model in models if not model.get("problem")), None)
+        return self._filled(models, *(self._access.active() or (first, None)))
+
+    def fill_again(self, event: gr.EventData) -> list[Any]:
+        """After a change: `fill`, unless the event names a choice to keep (static/js/choice.js).
+
+        Its options stay as typed, or are filled in again where the event says so.
+        """
+        kept = dict(event._data or {})
+        models = self._access.models()
+        if kept.get("model") not in {model["id"] for model in models}:
+            return self.fill()
+        backend = kept.get("backend")
+        shown = self._filled(models, self._taken_by(backend, kept["model"]), backend)
+        return shown if kept.get("options") else [*shown[:2], *(gr.skip() for _ in shown[2:])]
+
+    def _filled(self, models: list[dict[str, Any]], chosen: str | None, backend: str | None) -> list[Any]:
         known = [(model_words(model), model["id"]) for model in models]
-        return [gr.update(choices=known, value=chosen), backend, *self._options.fill(chosen)]
+        return [gr.update(choices=known, value=chosen), self.backends(chosen, backend), *self._options.fill(chosen)]
 
 
 class OptionsForm:

@@ -148,7 +148,7 @@ def _started(command: list[str], folder: Path, environ: dict[str, str], pattern:
             return process, url
         ended = process.poll() is not None
         process.kill()
-        process.wait()
+        process.communicate()
         if ended:
             break
     raise AssertionError("it did not start:\n" + "".join(lines[-20:]))

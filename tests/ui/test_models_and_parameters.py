@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ import pytest
 from playwright.sync_api import Page, Route, expect
 
 from modules.sampling import PARAMETERS
-from tests.ui.conftest import answer, body, growing, ready, send, wait
+from tests.ui.conftest import ROOT, answer, body, growing, ready, send, wait
 
 if TYPE_CHECKING:
     from tests.ui.conftest import Server, Visit
@@ -69,6 +70,54 @@ def test_a_load_waits_for_what_the_choice_fills_in(visit: Visit, server: Server)
     loaded = active(server)
     assert loaded is not None and loaded["loader"] == "echo"
     page.unroute_all(behavior="ignoreErrors")
+
+
+@pytest.mark.usefixtures("fresh_echo")
+def test_an_answer_that_was_overtaken_does_not_undo_a_choice(visit: Visit, server: Server) -> None:
+    page = visit.open()
+    page.locator("#sy-unload").click()
+    expect(page.locator("#sy-model input")).not_to_have_value(re.compile("^echo"))
+    former: list[Route] = []
+    page.route("**/gradio_api/**", lambda route: former.append(route) if not chosen else route.continue_())
+    chosen = False
+    page.evaluate("window.switchyard.refreshControls()")
+    wait(lambda: page.wait_for_timeout(50) or len(former) == 2)  # the dropdowns and the panel
+    chosen = True
+    page.locator("#sy-model input").click()
+    page.get_by_role("option", name="echo").first.click()
+    expect(page.locator("#sy-backend input")).to_have_value("Echo")
+    page.locator("#sy-load").click()
+    for route in former:
+        route.continue_()
+    expect(page.get_by_test_id("model-state")).to_have_attribute("data-state", "ready")
+    loaded = active(server)
+    assert loaded is not None and loaded["loader"] == "echo"
+    expect(page.locator("#sy-model input")).to_have_value(re.compile("^echo"))
+    page.unroute_all(behavior="ignoreErrors")
+
+
+@pytest.mark.usefixtures("fresh_echo")
+def test_a_change_of_the_lists_keeps_the_choice_and_what_was_typed(visit: Visit, server: Server) -> None:
+    page = visit.open()
+    page.get_by_test_id("page-models").click()
+    page.locator("#sy-model input").click()
+    page.get_by_role("option", name="wren-6m-gguf").first.click()
+    expect(page.locator("#sy-backend input")).to_have_value("llama.cpp")
+    form = page.locator("#sy-o-llamacpp-threads input")
+    form.fill("7")
+    form.blur()
+    model = str(page.locator("#sy-model input").input_value())
+    file = server.data.parent / "models" / "plain.gguf"
+    shutil.copy(ROOT / "models" / "wren-6m-gguf" / "wren-6m-F16.gguf", file)
+    with page.expect_response("**/gradio_api/**"):
+        new = server.api("POST", "/ui-api/models/rename", {"model": file.name, "name": "renamed"})["model"]
+    page.locator("#sy-model input").click()
+    expect(page.get_by_role("option", name=new)).to_be_visible()
+    page.keyboard.press("Escape")
+    (server.data.parent / "models" / new).unlink()
+    expect(page.locator("#sy-model input")).to_have_value(model)
+    expect(page.locator("#sy-backend input")).to_have_value("llama.cpp")
+    expect(form).to_have_value("7")
 
 
 @pytest.mark.usefixtures("fresh_echo")

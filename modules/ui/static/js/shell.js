@@ -2,6 +2,7 @@
 
 import { on, post } from './api.js';
 import { Approvals } from './approvals.js';
+import { Choice } from './choice.js';
 import { openDialog, openMenu } from './dialog.js';
 import { bytes, h, isPhone, local } from './dom.js';
 import { icon, logo } from './icons.js';
@@ -14,13 +15,10 @@ import { fail, toast } from './toast.js';
 // Page, words, icon; on a phone the tools are behind one button.
 const PAGES = [['chat', 'Chat', 'chat'], ['models', 'Models', 'cube'], ['quantize', 'Quantise', 'layers', 'tool'], ['evaluate', 'Evaluate', 'gauge', 'tool'], ['batch', 'Batch', 'batch', 'tool'], ['settings', 'Settings', 'gear']];
 
-// Longer than this a Load does not wait for a choice that never came back.
-const PICK_MS = 8000;
-
 class Shell {
   constructor(root, trigger) {
     this.trigger = trigger;
-    this.picks = 0;
+    this.choice = new Choice((data) => trigger('models_changed', data));
     this.lamp = h('span', { class: 'sy-lamp' });
     this.words = h('span', { class: 'sy-state-words', dir: 'auto' });
     this.name = h('span', { class: 'sy-state-name', dir: 'auto' });
@@ -158,13 +156,15 @@ class Shell {
     return words.join(', ');
   }
 
-  /** Gradio's dropdowns are read again only when something they show has changed. */
+  /** Gradio's dropdowns are read again only when something they show has changed. A load that goes on or failed changes no choice. */
   #refreshControls(state, resident) {
-    const seen = JSON.stringify([state, resident?.id, models.residents.map((item) => [item.id, item.state]), models.loaders.map((loader) => [loader.name, loader.ready, loader.installed])]);
-    if (seen === this.seen || models.state === 'unknown') return;
-    const first = this.seen === undefined;
+    if (models.state === 'unknown') return;
+    const loaded = resident?.id ?? (state === 'empty' ? null : this.loaded);
+    const seen = JSON.stringify([state, models.residents.map((item) => [item.id, item.state]), models.loaders.map((loader) => [loader.name, loader.ready, loader.installed])]);
+    if (this.seen !== undefined && loaded !== this.loaded) this.choice.changed('loaded');
+    else if (this.seen !== undefined && seen !== this.seen) this.choice.changed('lists');
+    this.loaded = loaded;
     this.seen = seen;
-    if (!first) this.trigger('models_changed');
   }
 
   #announceLoad(state, resident) {
@@ -226,21 +226,9 @@ class Shell {
     return loadModel(body);
   }
 
-  /** A choice in a dropdown is on its way to the server, which fills in what it changes. */
-  picking() {
-    this.picks += 1;
-    this.pickedAt = Date.now();
-  }
-
-  picked() {
-    this.picks = Math.max(0, this.picks - 1);
-    if (this.picks || !this.loadAfterPick) return;
-    this.loadAfterPick = false;
-    setTimeout(() => document.querySelector('#sy-load').click()); // Gradio has shown the new values by then
-  }
-
+  /** What the Load button read from the controls; while a choice is still being filled in, it is pressed again afterwards. */
   loadWith(model, loader, table, values) {
-    if (this.picks && Date.now() - this.pickedAt < PICK_MS) this.loadAfterPick = true;
+    if (this.choice.unsettled) this.choice.afterwards = () => document.querySelector('#sy-load').click();
     else this.load(model, loader, optionsOf(loader, table, values));
   }
 
@@ -292,10 +280,11 @@ export function mount({ element, trigger }) {
     load: (model, loader, options) => shell.load(model, loader, options),
     unload: () => shell.unload(),
     install: (name) => shell.install(name),
-    refreshControls: () => trigger('models_changed'),
+    refreshControls: () => shell.choice.changed('lists'),
     loadWith: (model, loader, table, values) => shell.loadWith(model, loader, table, values),
-    picking: () => shell.picking(),
-    picked: () => shell.picked(),
+    picking: (...values) => shell.choice.picking(...values),
+    picked: (...values) => shell.choice.picked(...values),
+    filled: (...values) => shell.choice.filled(...values),
     showOptions,
     theme: (choice) => shell.theme(choice),
     saveSetting,

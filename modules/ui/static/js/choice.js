@@ -1,0 +1,85 @@
+// What is chosen in the top bar's two dropdowns. Gradio holds the values, and the server fills in what follows from a choice.
+// One fill is under way at a time, and none may undo a choice that was made after what it tells of.
+
+// An answer that takes longer than this is not waited for.
+const ANSWER_MS = 8000;
+
+export class Choice {
+  /** `fill(data)` asks the server: {} shows what is loaded, {model, backend} keeps these, with `options` filled in again. */
+  constructor(fill) {
+    this.fill = fill;
+    this.current = [null, null]; // model, backend: as the dropdowns show them
+    this.wanted = null; // the user's last choice
+    this.picks = 0; // choices that the server has not answered
+    this.filling = false;
+    this.since = 0;
+    this.changes = null; // what the next fill is for: the 'lists', or what is 'loaded'
+    this.overtaken = false; // a choice was made while a fill was under way, which may undo it
+    this.restoring = false; // the fill that is under way brings such a choice back
+    this.afterwards = null;
+  }
+
+  /** The models or backends have changed: only their `lists`, or what is `loaded`, which is then shown. */
+  changed(what) {
+    if (what === 'loaded' || !this.changes) this.changes = this.#picking() ? 'lists' : what;
+    this.#next();
+  }
+
+  /** A choice in a dropdown is on its way to the server. */
+  picking(model, backend = null) {
+    if (this.#filling()) this.overtaken = true;
+    if (this.changes) this.changes = 'lists';
+    this.picks += 1;
+    this.wanted = [model, backend];
+    this.since = Date.now();
+  }
+
+  picked(...current) {
+    this.picks = Math.max(0, this.picks - 1);
+    this.current = current;
+    this.#next();
+  }
+
+  filled(...current) {
+    this.filling = false;
+    this.current = current;
+    this.#next();
+  }
+
+  /** Whether what follows from a choice is still to be filled in; `afterwards` is called once it is. */
+  get unsettled() {
+    return this.#picking() || (this.#filling() && (this.overtaken || this.restoring));
+  }
+
+  #picking() {
+    return this.picks > 0 && Date.now() - this.since < ANSWER_MS;
+  }
+
+  #filling() {
+    return this.filling && Date.now() - this.since < ANSWER_MS;
+  }
+
+  #next() {
+    if (this.#picking() || this.#filling()) return;
+    this.restoring = this.overtaken;
+    if (this.overtaken) {
+      const [model, backend] = this.wanted;
+      this.#fill({ model, backend, options: true });
+    } else if (this.changes) {
+      const [model, backend] = this.current;
+      this.#fill(this.changes === 'lists' ? { model, backend } : {});
+    } else if (this.afterwards) {
+      const fn = this.afterwards;
+      this.afterwards = null;
+      if (Date.now() - this.since < ANSWER_MS) setTimeout(fn); // Gradio has shown the new values by then
+    }
+  }
+
+  #fill(data) {
+    this.overtaken = false;
+    this.changes = null;
+    this.filling = true;
+    this.since = Date.now();
+    this.fill(data);
+  }
+}
