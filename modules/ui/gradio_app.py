@@ -23,7 +23,7 @@ from starlette.staticfiles import StaticFiles
 from modules.ui.access import Access
 from modules.ui.batch_tab import batch_tab
 from modules.ui.evaluate_tab import evaluate_tab
-from modules.ui.models import ModelBar, load_options_form
+from modules.ui.models import QUIET, ModelBar, load_options_form
 from modules.ui.parameters import ParameterPanel
 from modules.ui.quantize_tab import quantize_tab
 from modules.ui.settings_page import SettingsPage
@@ -97,13 +97,12 @@ def build_blocks(services: Services) -> gr.Blocks:
         panel = ParameterPanel(access)
         bar.wire(options)
         panel.wire()
-        quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
-        bar.wire_changes(blocks, shell)
-        blocks.load(panel.fill, None, panel.outputs, **quiet)
-        blocks.load(settings.fill, None, settings.outputs, **quiet)
-        shell.models_changed(panel.fill, None, panel.outputs, **quiet)
-        shell.settings_changed(panel.fill, None, panel.outputs, **quiet)
-        shell.settings_changed(settings.fill, None, settings.outputs, **quiet)
+        bar.follow(blocks, shell, panel)
+        blocks.load(panel.fill, None, panel.outputs, **QUIET)
+        blocks.load(settings.fill, None, settings.outputs, **QUIET)
+        changed = shell.settings_changed(panel.fill, None, panel.outputs, **QUIET)
+        changed = changed.then(settings.fill, None, settings.outputs, **QUIET)
+        changed.then(None, None, None, js="() => { window.switchyard.settingsFilled(); }", **QUIET)
     return blocks
 
 

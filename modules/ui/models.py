@@ -14,12 +14,14 @@ import gradio as gr
 if TYPE_CHECKING:
     from modules.schema import LoaderSpec, OptionSpec
     from modules.ui.access import Access
+    from modules.ui.parameters import ParameterPanel
 
 QUIET: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 
 # The first values may be there before the shell is: it looks at what was noted when it comes.
-SHOW_OPTIONS = "(name) => { window.switchyardBackend = name; window.switchyard?.showOptions(name); }"
+SHOWN = "(...values) => { window.switchyardShown = values; window.switchyard?.shown(...values); }"
+SHOW_OPTIONS = "(name) => { window.switchyard?.showOptions(name); }"
 
 
 def size_words(size: int) -> str:
@@ -66,25 +68,27 @@ class ModelBar:
         self._unload.click(inputs=None, outputs=None, js="() => { window.switchyard.unload(); }", **js_only)
         self.backend.change(inputs=[self.backend], outputs=None, js=SHOW_OPTIONS, **js_only)
 
-    def wire_changes(self, blocks: gr.Blocks, shell: Any) -> None:
-        """Filled when the page is opened and after every change that the shell tells of."""
+    def follow(self, blocks: gr.Blocks, shell: Any, panel: ParameterPanel) -> None:
+        """Filled when the page is opened and after every change that the shell tells of, the panel of parameters with it."""
         first = blocks.load(self.fill, None, self.outputs, **QUIET)
-        first.then(None, [self.backend], None, js=SHOW_OPTIONS, **QUIET)  # a value set so early may count as no change
-        self._tell("filled", first)
-        self._tell("filled", shell.models_changed(self.fill_again, None, self.outputs, **QUIET))
+        first.then(None, [self.model, self.backend], None, js=SHOWN, **QUIET)
+        changed = shell.models_changed(self.fill_again, None, self.outputs, **QUIET)
+        self._tell("filled", changed.then(panel.fill, None, panel.outputs, **QUIET))
 
     def _pick(self, dropdown: gr.Dropdown, answer: Any, inputs: list[Any], outputs: list[Any]) -> None:
-        """What a choice changes comes from the server: a Load in the meantime waits for it."""
-        begin = "(...values) => { window.switchyard.picking(...values); return values; }"
-        picked = dropdown.input(answer, inputs, outputs, js=begin, **QUIET)
+        """What a choice changes comes from the server: a Load in the meantime waits for it. What is no choice is sent empty."""
+        begin = "(...values) => window.switchyard.picking(...values) ? values : values.map(() => null)"
+        picked = dropdown.input(answer, inputs, outputs, js=begin, trigger_mode="multiple", **QUIET)  # "once" would drop a choice
         self._tell("picked", picked)
 
     def _tell(self, what: str, answered: Any) -> None:
         """The page's choice.js hears that an answer is shown, and what both dropdowns show with it."""
-        js = f"(model, backend) => {{ window.switchyard?.{what}(model, backend); }}"
+        js = f"(model, backend) => {{ window.switchyard.{what}(model, backend); }}"
         answered.then(None, [self.model, self.backend], None, js=js, **QUIET)
 
     def _chosen(self, model_id: str | None) -> list[Any]:
+        if model_id is None:
+            return [gr.skip() for _ in self.outputs[1:]]
         return [self.backends(model_id), *self._options.fill(model_id)]
 
     def _picked(self, model_id: str | None, backend: str | None) -> list[Any]:

@@ -4,6 +4,30 @@
 // An answer that takes longer than this is not waited for.
 const ANSWER_MS = 8000;
 
+/** Controls that the server fills, one fill at a time: Gradio drops an event whose predecessor is still being answered. */
+export class Fill {
+  constructor(ask) {
+    this.ask = ask;
+    this.since = null;
+    this.more = false;
+  }
+
+  again() {
+    if (this.since !== null && Date.now() - this.since < ANSWER_MS) {
+      this.more = true;
+      return;
+    }
+    this.more = false;
+    this.since = Date.now();
+    this.ask();
+  }
+
+  done() {
+    this.since = null;
+    if (this.more) this.again();
+  }
+}
+
 export class Choice {
   /** `fill(data)` asks the server: {} shows what is loaded, {model, backend} keeps these, with `options` filled in again. */
   constructor(fill) {
@@ -25,19 +49,28 @@ export class Choice {
     this.#next();
   }
 
-  /** A choice in a dropdown is on its way to the server. */
+  /** A choice of a model, or of its backend, is on its way to the server. False: Gradio tells of one that is known (it does when a dropdown is left). */
   picking(model, backend = null) {
-    if (this.#filling()) this.overtaken = true;
-    if (this.changes) this.changes = 'lists';
+    const filling = this.#filling(); // then what the dropdowns show is not known
+    const known = this.#picking() ? this.wanted : filling ? [] : this.current;
     this.picks += 1;
-    this.wanted = [model, backend];
     this.since = Date.now();
+    if (model === known[0] && (backend === null || backend === known[1])) return false;
+    this.overtaken ||= filling;
+    if (this.changes) this.changes = 'lists';
+    this.wanted = [model, backend];
+    return true;
   }
 
   picked(...current) {
     this.picks = Math.max(0, this.picks - 1);
     this.current = current;
     this.#next();
+  }
+
+  /** The first values are on the page; no fill of ours was asked for them. */
+  shown(...current) {
+    if (!this.#picking() && !this.#filling()) this.current = current;
   }
 
   filled(...current) {

@@ -2,7 +2,7 @@
 
 import { on, post } from './api.js';
 import { Approvals } from './approvals.js';
-import { Choice } from './choice.js';
+import { Choice, Fill } from './choice.js';
 import { openDialog, openMenu } from './dialog.js';
 import { bytes, h, isPhone, local } from './dom.js';
 import { icon, logo } from './icons.js';
@@ -17,7 +17,6 @@ const PAGES = [['chat', 'Chat', 'chat'], ['models', 'Models', 'cube'], ['quantiz
 
 class Shell {
   constructor(root, trigger) {
-    this.trigger = trigger;
     this.choice = new Choice((data) => trigger('models_changed', data));
     this.lamp = h('span', { class: 'sy-lamp' });
     this.words = h('span', { class: 'sy-state-words', dir: 'auto' });
@@ -46,8 +45,9 @@ class Shell {
     document.body.append(this.offline);
     on('offline', () => (this.offlineTimer ??= setTimeout(() => (this.offline.hidden = false), 2500)));
     on('online', () => this.#online());
-    on('settings', () => this.trigger('settings_changed'));
-    on('presets', () => this.trigger('settings_changed'));
+    this.settings = new Fill(() => trigger('settings_changed'));
+    on('settings', () => this.settings.again());
+    on('presets', () => this.settings.again());
     document.addEventListener('keydown', (event) => {
       if (event.altKey && !event.ctrlKey && !event.metaKey && event.code === 'KeyP') {
         event.preventDefault();
@@ -226,6 +226,12 @@ class Shell {
     return loadModel(body);
   }
 
+  /** What the dropdowns show at first. A value set so early may count as no change of the backend. */
+  shown(model, backend) {
+    this.choice.shown(model, backend);
+    showOptions(backend);
+  }
+
   /** What the Load button read from the controls; while a choice is still being filled in, it is pressed again afterwards. */
   loadWith(model, loader, table, values) {
     if (this.choice.unsettled) this.choice.afterwards = () => document.querySelector('#sy-load').click();
@@ -284,7 +290,9 @@ export function mount({ element, trigger }) {
     loadWith: (model, loader, table, values) => shell.loadWith(model, loader, table, values),
     picking: (...values) => shell.choice.picking(...values),
     picked: (...values) => shell.choice.picked(...values),
+    shown: (...values) => shell.shown(...values),
     filled: (...values) => shell.choice.filled(...values),
+    settingsFilled: () => shell.settings.done(),
     showOptions,
     theme: (choice) => shell.theme(choice),
     saveSetting,
@@ -295,5 +303,5 @@ export function mount({ element, trigger }) {
     deletePreset,
     neutral,
   };
-  showOptions(window.switchyardBackend);
+  if (window.switchyardShown) shell.shown(...window.switchyardShown);
 }
