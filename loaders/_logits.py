@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import metadata
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from modules import sampling as table
@@ -83,6 +82,8 @@ class LogitsEngine(Engine):
 
     @classmethod
     def versions(cls) -> dict[str, str]:
+        from importlib import metadata  # a worker's need: the parent reads every loader's table at its start
+
         found = {}
         for package in cls.packages:
             try:

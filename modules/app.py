@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import logging
 import os
 import signal
@@ -26,6 +27,7 @@ from starlette.responses import FileResponse, HTMLResponse
 
 from modules.api import (
     anthropic_routes,
+    body_schema,
     conformance_routes,
     docs_page,
     embeddings,
@@ -89,6 +91,8 @@ def build_app(config: Config, services: Services | None = None) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with running(services):
             page = asyncio.create_task(_bring_page(app, services)) if services.ui_state == "starting" else None
+            if page is None:
+                _started()
             try:
                 yield
             finally:
@@ -117,6 +121,8 @@ def build_app(config: Config, services: Services | None = None) -> FastAPI:
     services.chat = services.chat or ChatService(services)
     services.batches = services.batches or BatchJobs(services, config.user_data_dir / "batches", answer_line)
     app.include_router(ui_routes.build_router(services))
+    body_schema.install(app)
+    body_schema.install(app)
     examples.install(app)
     app.include_router(access.build_router())
     # Before the page is there, and without it: a browser asks for one on any of our own pages.
@@ -166,15 +172,25 @@ async def _bring_page(app: FastAPI, services: Services) -> None:
         app.router.routes[:] = [route for route in app.router.routes if getattr(route, "endpoint", None) is not _splash]
         services.ui_state = "ready"
         log.info("the page is ready")
+        await _in_daemon_thread(_started)
         await asyncio.Event().wait()
     except asyncio.CancelledError:
         raise
     except Exception:
         services.ui_state = "failed"
         log.exception("the page could not be loaded; the API works")
+        _started()
     finally:
         if mounted is not None:
             await mounted.close()
+
+
+def _started() -> None:
+    """Collect garbage from here on; what the start made stays and is looked through no more."""
+    if not gc.isenabled():
+        gc.collect()
+        gc.freeze()
+        gc.enable()
 
 
 async def _in_daemon_thread(work: Callable[[], T]) -> T:
@@ -213,6 +229,7 @@ def serve(config: Config) -> int:
     except ConfigError as error:
         return print_problem(error)
     set_up(config.user_data_dir / "logs", verbose=config.verbose, secrets=secrets)
+    gc.disable()  # until `_started`: nearly all that an import makes stays, and looking through it takes a tenth of the start
     try:
         listener = bind(config.host, config.listen_port)
     except OSError as error:

@@ -6,7 +6,6 @@ Here are the subcommands, CMD_FLAGS.txt, the settings file and what is said abou
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 import shlex
@@ -22,7 +21,7 @@ from modules.options import ROOT, Formatter, Option, Parser, add_options, build_
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Collection, Coroutine, Mapping, Sequence
+    from collections.abc import Collection, Coroutine, Iterable, Mapping, Sequence
 
 
 @dataclass(frozen=True)
@@ -129,8 +128,14 @@ def _unknown_flag(flag: str, parser: argparse.ArgumentParser) -> str:
     if not flag.startswith("-"):
         return f"Unknown subcommand {flag!r}: {', '.join(COMMANDS)} are known."
     name = flag.partition("=")[0]
-    close = difflib.get_close_matches(name, parser._option_string_actions, n=1)
+    close = _like(name, parser._option_string_actions)
     return f"Unknown flag {name}." + (f" Did you mean {close[0]}?" if close else " --help lists the flags.")
+
+
+def _like(name: str, known: Iterable[str]) -> list[str]:
+    import difflib  # not at every start
+
+    return difflib.get_close_matches(name, list(known), n=1)
 
 
 def _list_commands(parser: argparse.ArgumentParser) -> None:
@@ -224,7 +229,7 @@ def read_settings(path: Path, rows: Sequence[Option]) -> dict[str, Any]:
     for key, value in data.items():
         row = by_name.get(str(key).replace("-", "_"))
         if row is None:
-            close = difflib.get_close_matches(str(key), by_name, n=1)
+            close = _like(str(key), by_name)
             raise ConfigError(f"{path}: unknown key {key!r}." + (f" Did you mean {close[0]!r}?" if close else ""))
         values[row.name] = row.convert(value, f"{path}: {key}")
     return values

@@ -13,8 +13,6 @@ import socket
 from collections.abc import Callable, Sequence
 from urllib.parse import SplitResult, urlsplit
 
-import httpx
-
 from modules.errors import InvalidImage
 from modules.images import MAX_BYTES, check, from_data_url
 from modules.reach import PUBLIC, Address, reach_of
@@ -52,7 +50,7 @@ async def fetched(source: str, allowed: bool, *, resolve: Resolve = look_up, rea
         raise _refused("This server fetches no images.")
     try:
         data = await asyncio.wait_for(_fetch(source, resolve, reach), FETCH_S)
-    except (httpx.HTTPError, asyncio.TimeoutError, OSError, UnicodeError):
+    except (asyncio.TimeoutError, OSError, UnicodeError):
         raise _refused("The image could not be fetched.") from None
     check(data, "messages")
     return base64.b64encode(data).decode("ascii")
@@ -78,17 +76,22 @@ async def _get(parts: SplitResult, host: str, port: int, address: Address) -> by
     named = f"[{host}]" if ":" in host else host
     target = parts._replace(netloc=f"{place}:{port}", fragment="").geturl()
     header = named if port == _PORTS[parts.scheme] else f"{named}:{port}"
-    async with (
-        httpx.AsyncClient(follow_redirects=False, trust_env=False, timeout=FETCH_S) as client,
-        client.stream("GET", target, headers={"Host": header}, extensions={"sni_hostname": host}) as answer,
-    ):
-        if answer.status_code != 200:
-            raise _refused(f"The image could not be fetched: its server answered {answer.status_code}.")
-        data = b""
-        async for part in answer.aiter_bytes():
-            data += part
-            if len(data) > MAX_BYTES:
-                raise _refused(f"The image is larger than {MAX_BYTES >> 20} MB.")
+    import httpx  # not at every start
+
+    try:
+        async with (
+            httpx.AsyncClient(follow_redirects=False, trust_env=False, timeout=FETCH_S) as client,
+            client.stream("GET", target, headers={"Host": header}, extensions={"sni_hostname": host}) as answer,
+        ):
+            if answer.status_code != 200:
+                raise _refused(f"The image could not be fetched: its server answered {answer.status_code}.")
+            data = b""
+            async for part in answer.aiter_bytes():
+                data += part
+                if len(data) > MAX_BYTES:
+                    raise _refused(f"The image is larger than {MAX_BYTES >> 20} MB.")
+    except httpx.HTTPError as error:
+        raise OSError(str(error)) from error
     return data
 
 

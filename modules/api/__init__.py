@@ -9,5 +9,5 @@ openai_*, responses*             OpenAI                   anthropic_*, ollama_*,
 llama_server_*, infill           llama-server             internal_*                        text-generation-webui
 ui_*                             the page's routes        model_view   models and backends as they are shown
 remotes, batch_lines             the saved servers; a line of a batch
-health, metrics, docs_page, examples, conformance_routes, splash
+health, metrics, docs_page, body_schema, examples, conformance_routes, splash
 """

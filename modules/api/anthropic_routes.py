@@ -12,6 +12,7 @@ from modules import caller
 from modules.api import sse
 from modules.api.anthropic_models import CountRequest, MessagesRequest, anthropic_turn
 from modules.api.body import read_object
+from modules.api.body_schema import body_schema
 from modules.api.dialects import error_body
 from modules.api.job import (
     Finish,
@@ -26,7 +27,7 @@ from modules.api.job import (
     prompt_tokens,
     respond,
 )
-from modules.api.openai_models import parse, schema_of
+from modules.api.openai_models import parse
 from modules.errors import AppError
 from modules.schema import Usage
 
@@ -45,7 +46,7 @@ def build_router(services: Services) -> APIRouter:
     router = APIRouter(prefix=PATH, tags=["Anthropic"])
     strict = services.config.strict_parameters
 
-    @router.post("", openapi_extra=_schema(MessagesRequest))
+    @router.post("", openapi_extra=body_schema(MessagesRequest))
     async def messages(request: Request) -> Response:
         """An answer to a conversation; streamed with `stream: true`."""
         body = parse(MessagesRequest, await read_object(request))
@@ -56,7 +57,7 @@ def build_router(services: Services) -> APIRouter:
             return await respond(request, job, whole=lambda job: _whole(job, stops))
         return await respond(request, job, whole=lambda job: _whole(job, stops), stream=_Stream(services, stops))
 
-    @router.post("/count_tokens", openapi_extra=_schema(CountRequest))
+    @router.post("/count_tokens", openapi_extra=body_schema(CountRequest))
     async def count_tokens(request: Request) -> JSONResponse:
         """How many tokens the prompt of such a request would have."""
         body = parse(CountRequest, await read_object(request))
@@ -197,7 +198,3 @@ class _Stream:
 
 def _event(name: str, data: dict[str, Any]) -> bytes:
     return sse.event(dumps(data), name)
-
-
-def _schema(model: Any) -> dict[str, Any]:
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema_of(model)}}}}

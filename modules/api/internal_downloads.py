@@ -9,7 +9,8 @@ from starlette.responses import JSONResponse
 
 from modules.api import internal_models as models
 from modules.api.body import read_object
-from modules.api.openai_models import parse, schema_of
+from modules.api.body_schema import body_schema
+from modules.api.openai_models import parse
 
 if TYPE_CHECKING:
     from fastapi import APIRouter
@@ -20,9 +21,8 @@ if TYPE_CHECKING:
 def add_downloads(router: APIRouter, services: Services) -> None:
     """Add the routes to the /v1/internal router."""
     jobs = services.downloads
-    schema = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema_of(models.DownloadRequest)}}}}
 
-    @router.post("/model/download", openapi_extra=schema)
+    @router.post("/model/download", openapi_extra=body_schema(models.DownloadRequest, samplers=False))
     async def download(request: Request) -> JSONResponse:
         """Begin to fetch a model in the background; the same one asked for twice is one. Needs an admin key if there are any."""
         body = parse(models.DownloadRequest, await read_object(request))

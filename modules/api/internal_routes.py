@@ -15,10 +15,11 @@ from starlette.responses import JSONResponse, Response
 from modules import caller
 from modules.api import internal_models as models
 from modules.api.body import read_object
+from modules.api.body_schema import body_schema
 from modules.api.internal_downloads import add_downloads
 from modules.api.job import Job, meant, render_prompt, respond
 from modules.api.model_view import model_views
-from modules.api.openai_models import ChatRequest, parse, schema_of
+from modules.api.openai_models import ChatRequest, parse
 from modules.api.openai_turns import chat_turn
 from modules.api.turn import Turn, split_extras
 from modules.errors import InvalidParameter, NoModelLoaded, UnsupportedParameter
@@ -53,14 +54,14 @@ def _active(services: Services) -> tuple[Resident, EngineClient]:
 
 
 def _add_text(router: APIRouter, services: Services) -> None:
-    @router.post("/encode", openapi_extra=_schema(models.TextRequest))
+    @router.post("/encode", openapi_extra=body_schema(models.TextRequest, samplers=False))
     async def encode(request: Request) -> JSONResponse:
         """The token ids of a text, as a prompt has them (with BOS where the model has one)."""
         body = parse(models.TextRequest, await read_object(request))
         ids = await services.manager.client((await meant(services, body.model)).id).encode(body.text, True)
         return JSONResponse({"tokens": ids, "length": len(ids)})
 
-    @router.post("/decode", openapi_extra=_schema(models.TokensRequest))
+    @router.post("/decode", openapi_extra=body_schema(models.TokensRequest, samplers=False))
     async def decode(request: Request) -> JSONResponse:
         """The text of token ids."""
         body = parse(models.TokensRequest, await read_object(request))
@@ -71,14 +72,14 @@ def _add_text(router: APIRouter, services: Services) -> None:
             raise InvalidParameter("A token id is outside the model's vocabulary.", param="tokens")
         return JSONResponse({"text": await client.decode(body.tokens)})
 
-    @router.post("/token-count", openapi_extra=_schema(models.TextRequest))
+    @router.post("/token-count", openapi_extra=body_schema(models.TextRequest, samplers=False))
     async def token_count(request: Request) -> JSONResponse:
         """How many tokens a text has."""
         body = parse(models.TextRequest, await read_object(request))
         resident = await meant(services, body.model)
         return JSONResponse({"length": await services.manager.client(resident.id).count(body.text, True)})
 
-    @router.post("/chat-prompt", openapi_extra=_schema(ChatRequest, samplers=True))
+    @router.post("/chat-prompt", openapi_extra=body_schema(ChatRequest))
     async def chat_prompt(request: Request) -> JSONResponse:
         """The prompt that the model would be given for a chat request."""
         body = parse(ChatRequest, await read_object(request))
@@ -92,7 +93,7 @@ def _add_generation(router: APIRouter, services: Services) -> None:
         """Whether the server answers; /health says whether a model does."""
         return JSONResponse({"status": "ok"})
 
-    @router.post("/logits", openapi_extra=_schema(models.LogitsRequest, samplers=True))
+    @router.post("/logits", openapi_extra=body_schema(models.LogitsRequest))
     async def logits(request: Request) -> Response:
         """The likeliest next tokens of a prompt and their probabilities, before any sampler."""
         body = parse(models.LogitsRequest, await read_object(request))
@@ -112,7 +113,7 @@ def _add_generation(router: APIRouter, services: Services) -> None:
 
         return await respond(request, Job(services, [turn]), whole=whole)
 
-    @router.post("/stop-generation", openapi_extra=_schema(models.StopRequest, required=False))
+    @router.post("/stop-generation", openapi_extra=body_schema(models.StopRequest, samplers=False, required=False))
     async def stop_generation(request: Request) -> JSONResponse:
         """Stop the request with this `id`; without one, all that the same program (address, key, User-Agent) has running."""
         body = parse(models.StopRequest, await read_object(request)) if await request.body() else None
@@ -188,7 +189,7 @@ def _add_models(router: APIRouter, services: Services) -> None:
         best first. Read from headers; nothing is loaded."""
         return JSONResponse(await answer_plan(services, model))
 
-    @router.post("/model/load", openapi_extra=_schema(models.LoadRequest))
+    @router.post("/model/load", openapi_extra=body_schema(models.LoadRequest, samplers=False))
     async def load(request: Request) -> JSONResponse:
         """Load a model and wait until it is ready. Options that a request leaves out come from the saved settings."""
         body = parse(models.LoadRequest, await read_object(request))
@@ -249,7 +250,7 @@ def _add_loras(router: APIRouter, services: Services) -> None:
         found = await asyncio.to_thread(_loras, folder)
         return JSONResponse({"lora_names": found})
 
-    @router.post("/lora/load", openapi_extra=_schema(models.LoraRequest))
+    @router.post("/lora/load", openapi_extra=body_schema(models.LoraRequest, samplers=False))
     async def load(request: Request) -> JSONResponse:
         """Apply these adapters, and no others, to the active model, which is loaded again for it."""
         return await apply(parse(models.LoraRequest, await read_object(request)).lora_names)
@@ -266,8 +267,3 @@ def _loras(folder: Any) -> list[str]:
     return sorted(
         item.name for item in folder.iterdir() if not item.name.startswith(".") and (item.is_dir() or item.suffix == ".gguf")
     )
-
-
-def _schema(model: Any, *, samplers: bool = False, required: bool = True) -> dict[str, Any]:
-    schema = schema_of(model, samplers=samplers)
-    return {"requestBody": {"required": required, "content": {"application/json": {"schema": schema}}}}

@@ -13,10 +13,11 @@ from starlette.responses import JSONResponse, Response
 from modules import caller
 from modules.api import sse
 from modules.api.body import read_object
+from modules.api.body_schema import body_schema
 from modules.api.dialects import error_body
 from modules.api.foreign_fields import llama_sampling
 from modules.api.job import Finish, Job, Queued, Text, respond
-from modules.api.openai_models import check_stops, parse, schema_of
+from modules.api.openai_models import check_stops, parse
 from modules.api.turn import Turn
 from modules.errors import AppError, InvalidParameter, NoModelLoaded, UnsupportedParameter
 from modules.schema import StopParams, features_of
@@ -141,7 +142,7 @@ def build_router(services: Services) -> APIRouter:
     _add_counting(router, services)
     _add_control(router, services, sessions)
 
-    @router.post("/v1/generate", openapi_extra=_schema(GenerateRequest))
+    @router.post("/v1/generate", openapi_extra=body_schema(GenerateRequest))
     async def generate(request: Request) -> Response:
         """The continuation of a prompt, in one piece."""
         body = parse(GenerateRequest, await read_object(request))
@@ -149,7 +150,7 @@ def build_router(services: Services) -> APIRouter:
         sessions.begin(body.genkey, job)
         return await respond(request, job, whole=lambda job: _whole(job, body, sessions))
 
-    @router.post("/extra/generate/stream", openapi_extra=_schema(GenerateRequest))
+    @router.post("/extra/generate/stream", openapi_extra=body_schema(GenerateRequest))
     async def stream(request: Request) -> Response:
         """The continuation of a prompt as server-sent events."""
         body = parse(GenerateRequest, await read_object(request))
@@ -290,7 +291,7 @@ def _add_information(router: APIRouter, services: Services) -> None:
 
 
 def _add_counting(router: APIRouter, services: Services) -> None:
-    @router.post("/extra/tokencount", openapi_extra=_schema(CountRequest, samplers=False))
+    @router.post("/extra/tokencount", openapi_extra=body_schema(CountRequest, samplers=False))
     async def token_count(request: Request) -> JSONResponse:
         """How many tokens a text has, and which."""
         body = parse(CountRequest, await read_object(request))
@@ -298,7 +299,7 @@ def _add_counting(router: APIRouter, services: Services) -> None:
         ids = await client.encode(body.prompt, body.special is not False)
         return JSONResponse({"value": len(ids), "ids": ids})
 
-    @router.post("/extra/detokenize", openapi_extra=_schema(DetokenizeRequest, samplers=False))
+    @router.post("/extra/detokenize", openapi_extra=body_schema(DetokenizeRequest, samplers=False))
     async def detokenize(request: Request) -> JSONResponse:
         """The text of token ids."""
         body = parse(DetokenizeRequest, await read_object(request))
@@ -319,13 +320,13 @@ def _add_control(router: APIRouter, services: Services, sessions: Sessions) -> N
         return parse(KeyRequest, await read_object(request)).genkey
 
     @router.get("/extra/generate/check")
-    @router.post("/extra/generate/check", openapi_extra=_schema(KeyRequest, samplers=False, required=False))
+    @router.post("/extra/generate/check", openapi_extra=body_schema(KeyRequest, samplers=False, required=False))
     async def check(request: Request) -> JSONResponse:
         """The text so far of the generation with this `genkey`; without one, of the caller's latest."""
         run = sessions.find(await key_of(request))
         return JSONResponse({"results": [{"text": run.text if run is not None else ""}]})
 
-    @router.post("/extra/abort", openapi_extra=_schema(KeyRequest, samplers=False, required=False))
+    @router.post("/extra/abort", openapi_extra=body_schema(KeyRequest, samplers=False, required=False))
     async def abort(request: Request) -> JSONResponse:
         """Stop the generation with this `genkey`; without one, the caller's latest. Nobody else's."""
         stopped = sessions.stop(await key_of(request))
@@ -353,8 +354,3 @@ def _add_control(router: APIRouter, services: Services, sessions: Sessions) -> N
                 "uptime": int(time.monotonic() - began),
             }
         )
-
-
-def _schema(model: Any, *, samplers: bool = True, required: bool = True) -> dict[str, Any]:
-    schema = schema_of(model, samplers=samplers)
-    return {"requestBody": {"required": required, "content": {"application/json": {"schema": schema}}}}

@@ -14,10 +14,11 @@ from starlette.responses import JSONResponse, Response
 from modules.api import llama_server_models as models
 from modules.api import sse
 from modules.api.body import read_object
+from modules.api.body_schema import body_schema
 from modules.api.dialects import error_body
 from modules.api.embeddings import vectors_of
 from modules.api.job import Finish, Job, Queued, Text, meant, render_prompt, respond
-from modules.api.openai_models import ChatRequest, parse, schema_of
+from modules.api.openai_models import ChatRequest, parse
 from modules.api.openai_turns import chat_turn
 from modules.errors import AppError, InvalidParameter, NoModelLoaded, NotSupported
 from modules.sampling import neutral_values
@@ -36,7 +37,7 @@ def build_router(services: Services) -> APIRouter:
     _add_text(router, services)
     strict = services.config.strict_parameters
 
-    @router.post("/completion", openapi_extra=_schema(models.CompletionRequest))
+    @router.post("/completion", openapi_extra=body_schema(models.CompletionRequest))
     @router.post("/completions", include_in_schema=False)
     async def completion(request: Request) -> Response:
         """The continuation of a prompt, of several, or of token ids."""
@@ -47,14 +48,14 @@ def build_router(services: Services) -> APIRouter:
         several = isinstance(body.prompt, list) and len(turns) > 1
         return await _answer(services, request, Job(services, turns, model=body.model), body, several=several)
 
-    @router.post("/infill", openapi_extra=_schema(models.InfillRequest))
+    @router.post("/infill", openapi_extra=body_schema(models.InfillRequest))
     async def infill(request: Request) -> Response:
         """What belongs between `input_prefix` and `input_suffix`, by a model that was trained for it."""
         body = parse(models.InfillRequest, await read_object(request))
         job = Job(services, [models.infill_turn(body, strict=strict)], model=body.model)
         return await _answer(services, request, job, body, several=False)
 
-    @router.post("/embedding", openapi_extra=_schema(models.EmbeddingRequest, samplers=False))
+    @router.post("/embedding", openapi_extra=body_schema(models.EmbeddingRequest, samplers=False))
     @router.post("/embeddings", include_in_schema=False)
     async def embedding(request: Request) -> JSONResponse:
         """One vector for each text."""
@@ -196,7 +197,7 @@ def _last(path: str) -> str:
 
 
 def _add_text(router: APIRouter, services: Services) -> None:
-    @router.post("/tokenize", openapi_extra=_schema(models.TokenizeRequest, samplers=False))
+    @router.post("/tokenize", openapi_extra=body_schema(models.TokenizeRequest, samplers=False))
     async def tokenize(request: Request) -> JSONResponse:
         """The token ids of a text, with their pieces if wanted; by the model named, else the active one."""
         body = parse(models.TokenizeRequest, await read_object(request))
@@ -208,7 +209,7 @@ def _add_text(router: APIRouter, services: Services) -> None:
             raise InvalidParameter("Pieces are given for at most 4096 tokens.", param="with_pieces")
         return JSONResponse({"tokens": [{"id": token, "piece": await client.decode([token], False)} for token in ids]})
 
-    @router.post("/detokenize", openapi_extra=_schema(models.DetokenizeRequest, samplers=False))
+    @router.post("/detokenize", openapi_extra=body_schema(models.DetokenizeRequest, samplers=False))
     async def detokenize(request: Request) -> JSONResponse:
         """The text of token ids."""
         body = parse(models.DetokenizeRequest, await read_object(request))
@@ -218,14 +219,9 @@ def _add_text(router: APIRouter, services: Services) -> None:
             raise InvalidParameter("A token id is outside the model's vocabulary.", param="tokens")
         return JSONResponse({"content": await services.manager.client(active.id).decode(body.tokens, False)})
 
-    @router.post("/apply-template", openapi_extra=_schema(ChatRequest))
+    @router.post("/apply-template", openapi_extra=body_schema(ChatRequest))
     async def apply_template(request: Request) -> JSONResponse:
         """The prompt that the model would be given for these messages."""
         body = parse(ChatRequest, await read_object(request))
         turn = chat_turn(body, strict=services.config.strict_parameters)
         return JSONResponse({"prompt": await render_prompt(services, turn, body.model)})
-
-
-def _schema(model: Any, *, samplers: bool = True) -> dict[str, Any]:
-    schema = schema_of(model, samplers=samplers)
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

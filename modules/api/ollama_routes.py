@@ -15,10 +15,11 @@ from starlette.responses import JSONResponse, Response
 from modules.api import ollama_library, sse
 from modules.api import ollama_models as models
 from modules.api.body import read_object
+from modules.api.body_schema import body_schema
 from modules.api.dialects import error_body
 from modules.api.embeddings import vectors_of
 from modules.api.job import Finish, Job, Reasoning, StreamResponse, Text, ToolCallStart, prompt_tokens, render_prompt, respond
-from modules.api.openai_models import parse, schema_of
+from modules.api.openai_models import parse
 from modules.chat.vision import sees
 from modules.errors import AppError, NotSupported, UnsupportedParameter
 from modules.reasoning import marks_of
@@ -60,14 +61,14 @@ def build_router(services: Services) -> APIRouter:
         """The models in memory."""
         return JSONResponse({"models": [_running(services, r) for r in services.manager.residents() if r.state == "ready"]})
 
-    @router.post("/show", openapi_extra=_schema(models.ShowRequest))
+    @router.post("/show", openapi_extra=body_schema(models.ShowRequest, samplers=False))
     async def show(request: Request) -> JSONResponse:
         """What is known about one model."""
         body = parse(models.ShowRequest, await read_object(request))
         name = await asyncio.to_thread(models.find, services, body.model or body.name or "")
         return JSONResponse(await asyncio.to_thread(_shown, services, name))
 
-    @router.post("/chat", openapi_extra=_schema(models.ChatRequest))
+    @router.post("/chat", openapi_extra=body_schema(models.ChatRequest, samplers=False))
     async def chat(request: Request) -> Response:
         """An answer to a conversation, streamed unless `stream` is false. Without messages, the model is only loaded."""
         body = parse(models.ChatRequest, await read_object(request))
@@ -78,7 +79,7 @@ def build_router(services: Services) -> APIRouter:
             return await _only_load(services, name, keep, {"message": {"role": "assistant", "content": ""}})
         return await _answer(services, request, turn, _Answer(services, body.model, name, keep, chat=True), body.stream)
 
-    @router.post("/generate", openapi_extra=_schema(models.GenerateRequest))
+    @router.post("/generate", openapi_extra=body_schema(models.GenerateRequest, samplers=False))
     async def generate(request: Request) -> Response:
         """An answer to one prompt, in the model's template unless `raw`. Streamed unless `stream` is false."""
         body = parse(models.GenerateRequest, await read_object(request))
@@ -91,7 +92,7 @@ def build_router(services: Services) -> APIRouter:
             await _go_on(services, turn, name, body.context)
         return await _answer(services, request, turn, _Answer(services, body.model, name, keep, chat=False), body.stream)
 
-    @router.post("/embed", openapi_extra=_schema(models.EmbedRequest))
+    @router.post("/embed", openapi_extra=body_schema(models.EmbedRequest, samplers=False))
     async def embed(request: Request) -> JSONResponse:
         """One vector for each text."""
         body = parse(models.EmbedRequest, await read_object(request))
@@ -104,7 +105,7 @@ def build_router(services: Services) -> APIRouter:
         answer = {"model": body.model, "embeddings": made.vectors, "total_duration": took, "load_duration": 0}
         return JSONResponse({**answer, "prompt_eval_count": made.tokens})
 
-    @router.post("/embeddings", openapi_extra=_schema(models.OldEmbedRequest))
+    @router.post("/embeddings", openapi_extra=body_schema(models.OldEmbedRequest, samplers=False))
     async def embeddings(request: Request) -> JSONResponse:
         """One vector of one text; the older form of /api/embed."""
         body = parse(models.OldEmbedRequest, await read_object(request))
@@ -114,7 +115,7 @@ def build_router(services: Services) -> APIRouter:
         _keep(services, name, keep)
         return JSONResponse({"embedding": made.vectors[0]})
 
-    @router.post("/pull", openapi_extra=_schema(models.PullRequest))
+    @router.post("/pull", openapi_extra=body_schema(models.PullRequest, samplers=False))
     async def pull(request: Request) -> Response:
         """Fetch a model of the hub, named OWNER/NAME or OWNER/NAME:Q4_K_M, with its progress: an admin's right."""
         body = parse(models.PullRequest, await read_object(request))
@@ -123,7 +124,7 @@ def build_router(services: Services) -> APIRouter:
             return JSONResponse([line async for line in lines][-1])
         return StreamResponse(sse.EventStream(lambda write: _write_lines(write, lines), content_type=NDJSON))
 
-    @router.delete("/delete", openapi_extra=_schema(models.ShowRequest))
+    @router.delete("/delete", openapi_extra=body_schema(models.ShowRequest, samplers=False))
     async def delete(request: Request) -> Response:
         """Put a model into the trash of the Models page: an admin's right."""
         body = parse(models.ShowRequest, await read_object(request))
@@ -331,7 +332,3 @@ def _shown(services: Services, name: str) -> dict[str, Any]:
         "capabilities": capabilities,
         "modified_at": models.entry(model)["modified_at"],
     }
-
-
-def _schema(model: Any) -> dict[str, Any]:
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema_of(model, samplers=False)}}}}

@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from modules import sampling
 from modules.api.turn import shown, split_extras, tool_arguments
 from modules.errors import InvalidParameter, UnsupportedParameter
 from modules.image_urls import image_source
@@ -281,39 +280,6 @@ def _part_text(part: Any, param: str) -> str:
     if kind not in ("text", "input_text", "output_text", "refusal") or not isinstance(text, str):
         raise InvalidParameter('A part must be {"type": "text", "text": …}.', param=param)
     return text
-
-
-def schema_of(model: type[BaseModel], *, samplers: bool = True) -> dict[str, Any]:
-    """The JSON schema of a body for /docs; with `samplers` the sampling parameters are among its fields."""
-    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    definitions = schema.pop("$defs", {})
-    kinds = {
-        "float": "number",
-        "int": "integer",
-        "bool": "boolean",
-        "text": "string",
-        "strings": "array",
-        "names": "array",
-        "bias": "object",
-    }
-    for parameter in sampling.PARAMETERS.values() if samplers else ():
-        entry: dict[str, Any] = {"type": kinds[parameter.kind], "description": parameter.help}
-        if parameter.minimum is not None:
-            entry["minimum"] = parameter.minimum
-        if parameter.maximum is not None:
-            entry["maximum"] = parameter.maximum
-        if parameter.kind in ("strings", "names"):
-            entry["items"] = {"type": "string"}
-        schema["properties"].setdefault(parameter.name, entry)
-
-    def inline(value: Any) -> Any:
-        if isinstance(value, dict):
-            if "$ref" in value:
-                return inline(definitions[value["$ref"].rpartition("/")[2]])
-            return {key: inline(item) for key, item in value.items()}
-        return [inline(item) for item in value] if isinstance(value, list) else value
-
-    return dict(inline(schema))
 
 
 def _type_word(part: Any) -> bool:

@@ -11,9 +11,10 @@ from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
 from modules.api.body import read_object
+from modules.api.body_schema import body_schema
 from modules.api.job import Job, model_name, respond
 from modules.api.openai_answers import ChatForm, CompletionForm, Form, Streamer, whole
-from modules.api.openai_models import ChatRequest, Common, CompletionRequest, parse, schema_of
+from modules.api.openai_models import ChatRequest, Common, CompletionRequest, parse
 from modules.api.openai_turns import chat_turn, completion_turns
 from modules.chat.vision import sees
 from modules.errors import NotSupported, UnsupportedParameter
@@ -137,8 +138,3 @@ def _usual_spec(services: Services, model: ModelFiles) -> Any:
         return services.specs[usual]
     able = [spec for spec in services.specs.values() if model.format in spec.formats]
     return max(able, key=lambda spec: spec.formats[model.format], default=None)
-
-
-def body_schema(model: Any) -> dict[str, Any]:
-    """`openapi_extra` for a body that is checked by `parse`."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema_of(model)}}}}

@@ -10,10 +10,11 @@ from starlette.responses import JSONResponse, Response
 
 from modules.api import sse
 from modules.api.body import read_object
+from modules.api.body_schema import body_schema
 from modules.api.errors import body_of
 from modules.api.job import Finish, Job, Queued, Reasoning, Started, Text, ToolCallArguments, ToolCallStart, respond
 from modules.api.openai_answers import ChatForm, dumps
-from modules.api.openai_models import parse, schema_of
+from modules.api.openai_models import parse
 from modules.api.responses_models import ResponsesRequest, input_messages, response_turn
 from modules.api.responses_store import ResponseStore
 from modules.api.turn import tool_arguments
@@ -30,9 +31,8 @@ def build_router(services: Services) -> APIRouter:
     """The routes over these services, and the store of their responses."""
     router = APIRouter(prefix="/v1", tags=["OpenAI"])
     store = ResponseStore()
-    schema = {"requestBody": {"required": True, "content": {"application/json": {"schema": schema_of(ResponsesRequest)}}}}
 
-    @router.post("/responses", openapi_extra=schema)
+    @router.post("/responses", openapi_extra=body_schema(ResponsesRequest))
     async def create(request: Request) -> Response:
         """An answer to text or items, after an earlier response where one is named; streamed with `stream: true`."""
         body = parse(ResponsesRequest, await read_object(request))

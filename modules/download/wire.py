@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING
 from urllib.parse import SplitResult, unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
-import httpx
-
 from modules.errors import DownloadError
 
 if TYPE_CHECKING:
@@ -160,5 +158,7 @@ def _connection(parts: SplitResult, proxy: str | None, headers: dict[str, str]) 
 def _plain_or_tls(host: str, port: int, secure: bool) -> http.client.HTTPConnection:
     if not secure:
         return http.client.HTTPConnection(host, port, timeout=CONNECT_TIMEOUT_S)
+    import httpx  # not at every start
+
     # httpx's context, so that SSL_CERT_FILE and the bundled certificates count as in every other request.
     return http.client.HTTPSConnection(host, port, timeout=CONNECT_TIMEOUT_S, context=httpx.create_ssl_context())

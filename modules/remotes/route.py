@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-import httpx
-
 from modules import reach
 from modules.errors import InvalidParameter, RemoteError
 from modules.remotes.address import is_name, origin, resolve
 
 if TYPE_CHECKING:
+    import httpx
+
     from modules.remotes.store import Server
 
 MAX_CA = 256 << 10
@@ -56,6 +56,8 @@ def _checked(url: str, allowed: int, whose: str) -> tuple[str, ...]:
 
 def make_client(server: Server, route: Route, headers: dict[str, str]) -> httpx.AsyncClient:
     """A client for this route. Nothing is taken from the environment."""
+    import httpx  # not at every start
+
     scheme, host, _ = origin(server.url)
     return httpx.AsyncClient(
         headers=headers,
@@ -68,6 +70,8 @@ def make_client(server: Server, route: Route, headers: dict[str, str]) -> httpx.
 
 
 def _proxy(url: str, address: str, ca: str | None) -> httpx.Proxy:
+    import httpx
+
     scheme, host, port = origin(url)
     parts = urlsplit(url)
     return httpx.Proxy(

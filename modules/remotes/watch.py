@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from modules.errors import AppError, ModelNotFound
-from modules.remotes.connection import Connection
 from modules.remotes.listing import entries, listed_vision
 from modules.remotes.store import PREFIX, Server, model_id, model_path
 from modules.schema import ModelFiles, Quantization
@@ -47,6 +46,8 @@ class Health:
 
 async def look(server: Server, *, seconds: float = LOOK_S) -> Health:
     """Ask a server for its models. Never raises: what is wrong is in the answer."""
+    from modules.remotes.connection import Connection  # with httpx: not at every start
+
     connection = Connection(server, connect_s=min(seconds, 5.0))
     began = time.perf_counter()
     try:
