@@ -136,14 +136,17 @@ def mount(app: FastAPI, services: Services) -> Mounted:
 def _no_spare_apps() -> Iterator[None]:
     """Blocks make an application when they begin and when they end, mounting makes a third: only that one ever answers.
 
-    Each costs a tenth of a second of the start (internal to Gradio: tests/ui covers it).
+    The description of the page is made three times, too; mounting makes its own. Each costs up to a tenth of a second
+    (internal to Gradio: tests/ui covers it).
     """
-    create = App.create_app
+    create, describe = App.create_app, gr.Blocks.get_config_file
     App.create_app = staticmethod(lambda *_, **__: None)
+    gr.Blocks.get_config_file = lambda _: {}
     try:
         yield
     finally:
         App.create_app = staticmethod(create)
+        gr.Blocks.get_config_file = describe
 
 
 class Mounted:
