@@ -288,7 +288,13 @@ def test_renamed_deleted_and_taken_back(page: Page, place: Place) -> None:
 
 def test_settings_belong_to_one_model(page: Page, place: Place) -> None:
     make_model(place.models / "other")
-    more(listed(page, place, "llama"), page, "Settings")
+    found = listed(page, place, "llama")
+    page.locator("#sy-model input").click()
+    page.get_by_role("option", name="llama").first.click()
+    expect(page.locator("#sy-backend input")).to_have_value("Transformers")
+    in_bits = page.locator("#sy-o-transformers-load_in_4bit input")
+    expect(in_bits).not_to_be_checked()
+    more(found, page, "Settings")
     page.get_by_test_id("setting-loader").select_option("transformers")
     page.get_by_test_id("setting-load_in_4bit").check()
     page.get_by_role("button", name="Save", exact=True).click()
@@ -297,8 +303,10 @@ def test_settings_belong_to_one_model(page: Page, place: Place) -> None:
     assert settings("other") == {"loader": None, "options": {}}
     more(row(page, "llama"), page, "Settings")
     expect(page.get_by_test_id("setting-load_in_4bit")).to_be_checked()
+    expect(in_bits).to_be_checked()
     page.get_by_role("button", name="Forget").click()
     wait(lambda: settings("llama") == {"loader": None, "options": {}})
+    expect(in_bits).not_to_be_checked()
 
 
 def test_another_products_settings_are_imported(page: Page, place: Place) -> None:

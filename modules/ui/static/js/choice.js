@@ -3,6 +3,8 @@
 
 // An answer that takes longer than this is not waited for.
 const ANSWER_MS = 8000;
+// What has changed, each including those before it: which models and backends there are; the saved options; what is loaded.
+const CHANGES = ['lists', 'options', 'loaded'];
 
 /** Controls that the server fills, one fill at a time: Gradio drops an event whose predecessor is still being answered. */
 export class Fill {
@@ -29,7 +31,7 @@ export class Fill {
 }
 
 export class Choice {
-  /** `fill(data)` asks the server: {} shows what is loaded, {model, backend} keeps these, with `options` filled in again. */
+  /** `fill(data)` asks the server: {} shows what is loaded; {model, backend} keeps these, their options filled in again on `options`. */
   constructor(fill) {
     this.fill = fill;
     this.current = [null, null]; // model, backend: as the dropdowns show them
@@ -37,15 +39,16 @@ export class Choice {
     this.picks = 0; // choices that the server has not answered
     this.filling = false;
     this.since = 0;
-    this.changes = null; // what the next fill is for: the 'lists', or what is 'loaded'
+    this.changes = null; // what the next fill is for
     this.overtaken = false; // a choice was made while a fill was under way, which may undo it
     this.restoring = false; // the fill that is under way brings such a choice back
     this.afterwards = null;
   }
 
-  /** The models or backends have changed: only their `lists`, or what is `loaded`, which is then shown. */
+  /** One of CHANGES. What is loaded is shown, unless the user is just choosing another. */
   changed(what) {
-    if (what === 'loaded' || !this.changes) this.changes = this.#picking() ? 'lists' : what;
+    const kind = what === 'loaded' && this.#picking() ? 'options' : what;
+    if (CHANGES.indexOf(kind) > CHANGES.indexOf(this.changes)) this.changes = kind;
     this.#next();
   }
 
@@ -57,7 +60,7 @@ export class Choice {
     this.since = Date.now();
     if (model === known[0] && (backend === null || backend === known[1])) return false;
     this.overtaken ||= filling;
-    if (this.changes) this.changes = 'lists';
+    if (this.changes === 'loaded') this.changes = 'options';
     this.wanted = [model, backend];
     return true;
   }
@@ -100,7 +103,7 @@ export class Choice {
       this.#fill({ model, backend, options: true });
     } else if (this.changes) {
       const [model, backend] = this.current;
-      this.#fill(this.changes === 'lists' ? { model, backend } : {});
+      this.#fill(this.changes === 'loaded' ? {} : { model, backend, options: this.changes === 'options' });
     } else if (this.afterwards) {
       const fn = this.afterwards;
       this.afterwards = null;

@@ -77,6 +77,7 @@ export async function importSettings() {
         skipped.length ? h('details', { open: !saved.length }, h('summary', {}, `${skipped.length} left out`), h('ul', {}, skipped.map((entry) => h('li', { dir: 'auto' }, h('strong', {}, entry.what), `: ${entry.reason}`)))) : '',
       );
       await refreshModels();
+      window.switchyard?.refreshControls('options');
     } catch (error) {
       fail(error);
     }

@@ -91,6 +91,6 @@ export async function editSettings(model) {
   } catch (error) {
     fail(error);
   } finally {
-    window.switchyard?.refreshControls();
+    window.switchyard?.refreshControls('options');
   }
 }

@@ -286,7 +286,7 @@ export function mount({ element, trigger }) {
     load: (model, loader, options) => shell.load(model, loader, options),
     unload: () => shell.unload(),
     install: (name) => shell.install(name),
-    refreshControls: () => shell.choice.changed('lists'),
+    refreshControls: (what = 'lists') => shell.choice.changed(what),
     loadWith: (model, loader, table, values) => shell.loadWith(model, loader, table, values),
     picking: (...values) => shell.choice.picking(...values),
     picked: (...values) => shell.choice.picked(...values),
