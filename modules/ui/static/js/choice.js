@@ -56,7 +56,7 @@ export class Choice {
   picking(model, backend = null) {
     const filling = this.#filling(); // then what the dropdowns show is not known
     const known = this.#picking() ? this.wanted : filling ? [] : this.current;
-    this.picks += 1;
+    this.picks = (this.#picking() ? this.picks : 0) + 1; // an answer that never came is not waited for again
     this.since = Date.now();
     if (model === known[0] && (backend === null || backend === known[1])) return false;
     this.overtaken ||= filling;
