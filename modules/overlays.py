@@ -243,6 +243,9 @@ class Overlays:
     def worker_env(self, overlay: str | None) -> dict[str, str]:
         """The environment variables of a worker: no credentials, nothing that bends the import path, no network use."""
         kept = {k: v for k, v in os.environ.items() if k.upper() not in _DROPPED and not _SECRET.search(k)}
+        # libgomp's threads wait for each other by spinning, for milliseconds by default: beside a program that uses the cores,
+        # every model fell to a tenth of its speed. Alone, a model is as fast with a thousand turns (set the variable to choose).
+        kept.setdefault("GOMP_SPINCOUNT", "1000")
         binaries = str(self.python(overlay).parent)
         kept.update(
             PATH=binaries + os.pathsep + kept.get("PATH", os.defpath),

@@ -69,9 +69,8 @@ def contrast(**more: Any) -> dict[str, Any]:
     return sampling.check({**CONTRAST, **more})
 
 
+@pytest.mark.rows(loader="transformers")  # the reference reads the model as Transformers does
 def test_contrastive_search_is_the_papers(bench: Bench, overlays: Overlays) -> None:
-    if bench.row.loader != "transformers":
-        pytest.skip("the reference reads the model as Transformers does")
     prompt = bench.run(bench.client.encode(STORY, add_special=True))
     question = json.dumps([str(bench.row.model()), prompt, 0.6, 4, 24])
     line = [str(overlays.python("transformers")), "-c", REFERENCE, question]

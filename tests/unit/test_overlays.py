@@ -160,6 +160,9 @@ def test_a_worker_gets_no_credentials_and_no_network(tmp_path: Path, monkeypatch
     env = Overlays(tmp_path, ROOT).worker_env("back")
     assert "secret" not in env.values()
     assert env["OMP_NUM_THREADS"] == "3"
+    assert env["GOMP_SPINCOUNT"] == "1000"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    assert Overlays(tmp_path, ROOT).worker_env("back")["GOMP_SPINCOUNT"] == "7"
     assert env["HF_HUB_OFFLINE"] == "1"
     assert env["PATH"].split(os.pathsep)[0] == str(env_python(tmp_path / "back").parent)
 
