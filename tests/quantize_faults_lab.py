@@ -52,10 +52,14 @@ def out_of_memory(folder: Path) -> Any:
     """The memory really runs out in a layer of block 2; then there is enough again. None where no limit can be set."""
     if sys.platform != "linux":
         return None
+    import ctypes
     import resource
 
     from transformers import LlamaConfig
 
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+    taken: list[int] = []
     base = folder / "wide"
     make_model(base, LlamaConfig(**configs()["llama"].to_dict() | {"intermediate_size": 3072}))
     unlimited = resource.getrlimit(resource.RLIMIT_AS)
@@ -63,6 +67,9 @@ def out_of_memory(folder: Path) -> Any:
     def tighten(event: dict[str, Any]) -> None:
         if event.get("block") == 2 and event["layer"].endswith("o_proj"):
             used = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
+            resource.setrlimit(resource.RLIMIT_AS, (used, unlimited[1]))
+            while free := libc.malloc(16 << 20):  # what the heap holds free counts as used already, and would do
+                taken.append(free)
             resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 20), unlimited[1]))  # down_proj's Hessian: 36 MiB
 
     def run(out: str) -> None:
@@ -70,6 +77,8 @@ def out_of_memory(folder: Path) -> Any:
             _job.run(_job.Job(base, folder / out, settings_for(base)), tighten)
         finally:
             resource.setrlimit(resource.RLIMIT_AS, unlimited)
+            while taken:
+                libc.free(taken.pop())
 
     return _broken_off(folder, base, run)
 
