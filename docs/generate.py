@@ -58,8 +58,7 @@ HEADLINES = (
         "busy_cores",
         "tokens/s while other programs use every core (and with the wait that libgomp chooses itself)",
         "Transformers {transformers[busy]:.0f} ({transformers[busy_long_spins]:.0f}), "
-        "RWKV {rwkv[busy]:.0f} ({rwkv[busy_long_spins]:.0f}), "
-        "llama.cpp {llamacpp[busy]:.0f} ({llamacpp[busy_long_spins]:.0f})",
+        "RWKV {rwkv[busy]:.0f} ({rwkv[busy_long_spins]:.0f})",
     ),
     ("load_cycles", "100 loads and unloads of two models", "memory {slope_kib_per_cycle:+.0f} KiB a cycle"),
     (
