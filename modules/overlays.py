@@ -243,8 +243,8 @@ class Overlays:
     def worker_env(self, overlay: str | None) -> dict[str, str]:
         """The environment variables of a worker: no credentials, nothing that bends the import path, no network use."""
         kept = {k: v for k, v in os.environ.items() if k.upper() not in _DROPPED and not _SECRET.search(k)}
-        # libgomp's threads wait for each other by spinning, for milliseconds by default: beside a program that uses the cores,
-        # every model fell to a tenth of its speed. Alone, a model is as fast with a thousand turns (set the variable to choose).
+        # libgomp's threads wait for each other by spinning, for milliseconds by default: beside programs that use the cores,
+        # models fell to a tenth of their speed (benchmarks/busy_cores.py). With a thousand turns one alone is as fast as before.
         kept.setdefault("GOMP_SPINCOUNT", "1000")
         binaries = str(self.python(overlay).parent)
         kept.update(

@@ -52,7 +52,7 @@ export class Choice {
     this.#next();
   }
 
-  /** A choice of a model, or of its backend, is on its way to the server. False: Gradio tells of one that is known (it does when a dropdown is left). */
+  /** A choice of a model, or of its backend, is on its way to the server. False: it is known, as Gradio tells of each twice. */
   picking(model, backend = null) {
     const filling = this.#filling(); // then what the dropdowns show is not known
     const known = this.#picking() ? this.wanted : filling ? [] : this.current;
