@@ -248,11 +248,12 @@ class Launch:
 
 
 def pytest_flags(arguments: list[str]) -> list[str]:
-    """Everything runs in parallel, one more process than cores since much of it waits; what was named runs plainly."""
+    """Everything runs in parallel, one more process than cores since much of it waits, and what fails there is tried once more
+    (tests/retries.py); what was named runs plainly."""
     if any(Path(ROOT, word.partition("::")[0]).exists() for word in arguments):
         return arguments
     processes = min(4, (os.cpu_count() or 1) + 1)
-    return ["tests", "-n", str(processes), "--dist", "loadscope", *arguments]
+    return ["tests", "-n", str(processes), "--dist", "loadscope", "--reruns", "1", *arguments]
 
 
 def has_display() -> bool:

@@ -11,6 +11,8 @@ import pytest
 
 from modules.overlays import Overlays
 from tests import postgres_lab
+from tests.retries import pytest_sessionfinish as pytest_sessionfinish
+from tests.retries import pytest_terminal_summary as pytest_terminal_summary
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, expect, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, Locator, Page, expect, sync_playwright
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FLAGS = (
@@ -186,6 +186,17 @@ class Visit:
 
 def ready(page: Page) -> None:
     page.wait_for_selector(".sy-chat[data-ready]", timeout=30_000)
+
+
+def choices(page: Page) -> Locator:
+    """The entries of the dropdown that is open (a plain <select>'s options are no part of it)."""
+    return page.get_by_role("listbox").get_by_role("option")
+
+
+def choose(page: Page, dropdown: str, name: str) -> None:
+    """Open this dropdown of Gradio's and take the first entry that has these words."""
+    page.locator(f"{dropdown} input").click()
+    choices(page).filter(has_text=name).first.click()
 
 
 def send(page: Page, text: str) -> None:

@@ -240,7 +240,7 @@ def test_a_long_history_is_shown_in_windows(visit: Visit, server: Server) -> Non
     chat = server.import_chat([f"message {n}" for n in range(1400)])
     page = visit.open(chat)
     page.wait_for_selector(".sy-log[data-filled]")
-    assert page.get_by_test_id("message").count() == 400
+    expect(page.get_by_test_id("message")).to_have_count(400)
     assert body(page.get_by_test_id("message").last).strip() == "message 1399"
     page.locator(".sy-older").evaluate("(button) => button.click()")
     wait(lambda: page.get_by_test_id("message").count() >= 600)

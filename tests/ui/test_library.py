@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 from playwright.sync_api import Browser, Locator, Page, Route, expect
 
-from tests.ui.conftest import Server, Visit, start_server, stop_server, wait
+from tests.ui.conftest import Server, Visit, choose, start_server, stop_server, wait
 from tests.unit.hub_server import SMALL_LLAMA, FakeHub
 from tests.unit.model_files import gguf_bytes, projector_bytes
 
@@ -289,8 +289,7 @@ def test_renamed_deleted_and_taken_back(page: Page, place: Place) -> None:
 def test_settings_belong_to_one_model(page: Page, place: Place) -> None:
     make_model(place.models / "other")
     found = listed(page, place, "llama")
-    page.locator("#sy-model input").click()
-    page.get_by_role("option", name="llama").first.click()
+    choose(page, "#sy-model", "llama")
     expect(page.locator("#sy-backend input")).to_have_value("Transformers")
     in_bits = page.locator("#sy-o-transformers-load_in_4bit input")
     expect(in_bits).not_to_be_checked()

@@ -12,7 +12,7 @@ import pytest
 from playwright.sync_api import Page, Route, expect
 
 from modules.sampling import PARAMETERS
-from tests.ui.conftest import ROOT, answer, body, growing, ready, send, wait
+from tests.ui.conftest import ROOT, answer, body, choices, choose, growing, ready, send, wait
 
 if TYPE_CHECKING:
     from tests.ui.conftest import Server, Visit
@@ -42,8 +42,7 @@ def test_unload_and_load_from_the_top_bar(visit: Visit, server: Server) -> None:
     expect(page.get_by_test_id("empty")).to_contain_text("Load a model to start")
     send(page, "is anybody there?")
     expect(page.locator(".sy-toast, [data-testid=error-card]").first).to_contain_text(re.compile("[Nn]o model"))
-    page.locator("#sy-model input").click()
-    page.get_by_role("option", name="echo").first.click()
+    choose(page, "#sy-model", "echo")
     page.locator("#sy-load").click()
     expect(page.get_by_test_id("model-state")).to_have_attribute("data-state", "ready")
     loaded = active(server)
@@ -63,8 +62,7 @@ def test_a_load_waits_for_what_the_choice_fills_in(visit: Visit, server: Server)
         route.continue_()
 
     page.route("**/gradio_api/**", slowly)
-    page.locator("#sy-model input").click()
-    page.get_by_role("option", name="echo").first.click()
+    choose(page, "#sy-model", "echo")
     page.locator("#sy-load").click()
     expect(page.get_by_test_id("model-state")).to_have_attribute("data-state", "ready", timeout=20_000)
     loaded = active(server)
@@ -87,8 +85,7 @@ def test_an_answer_that_was_overtaken_does_not_undo_a_choice(visit: Visit, serve
     page.route("**/gradio_api/**", answers_late)
     page.evaluate("window.switchyard.refreshControls()")
     wait(lambda: page.wait_for_timeout(50) or held)
-    page.locator("#sy-model input").click()
-    page.get_by_role("option", name="echo").first.click()
+    choose(page, "#sy-model", "echo")
     expect(page.locator("#sy-backend input")).to_have_value("Echo")
     page.locator("#sy-load").click()
     hold = False
@@ -105,8 +102,7 @@ def test_an_answer_that_was_overtaken_does_not_undo_a_choice(visit: Visit, serve
 def test_a_change_of_the_lists_keeps_the_choice_and_what_was_typed(visit: Visit, server: Server) -> None:
     page = visit.open()
     page.get_by_test_id("page-models").click()
-    page.locator("#sy-model input").click()
-    page.get_by_role("option", name="wren-6m-gguf").first.click()
+    choose(page, "#sy-model", "wren-6m-gguf")
     expect(page.locator("#sy-backend input")).to_have_value("llama.cpp")
     form = page.locator("#sy-o-llamacpp-threads input")
     form.fill("7")
@@ -119,7 +115,7 @@ def test_a_change_of_the_lists_keeps_the_choice_and_what_was_typed(visit: Visit,
     with page.expect_response("**/gradio_api/**"):
         new = server.api("POST", "/ui-api/models/rename", {"model": file.name, "name": "renamed"})["model"]
     page.locator("#sy-model input").click()
-    expect(page.get_by_role("option", name=new)).to_be_visible()
+    expect(choices(page).filter(has_text=new)).to_be_visible()
     page.keyboard.press("Escape")
     (server.data.parent / "models" / new).unlink()
     expect(page.locator("#sy-model input")).to_have_value(model)
@@ -154,10 +150,8 @@ def test_a_failed_load_says_why(visit: Visit, server: Server) -> None:
 def test_the_backend_dropdown_says_why_a_backend_cannot_take_the_model(visit: Visit) -> None:
     page = visit.open()
     page.locator("#sy-backend input").click()
-    options = page.get_by_role("option")
-    texts = options.all_text_contents()
-    assert any(text.strip().endswith("Echo") for text in texts)
-    assert any("needs" in text and "this is the echo test model" in text for text in texts)
+    expect(choices(page).filter(has_text=re.compile(r"Echo\s*$"))).to_be_visible()
+    expect(choices(page).filter(has_text=re.compile("needs.*this is the echo test model")).first).to_be_visible()
 
 
 def test_a_backend_that_cannot_take_the_model_offers_its_bundled_one(visit: Visit, server: Server) -> None:
@@ -167,10 +161,8 @@ def test_a_backend_that_cannot_take_the_model_offers_its_bundled_one(visit: Visi
     if other is None:
         pytest.skip("needs a second model")
     page = visit.open()
-    page.locator("#sy-model input").click()
-    page.get_by_role("option").filter(has_text=other).first.click()
-    page.locator("#sy-backend input").click()
-    page.get_by_role("option").filter(has_text="Echo").first.click()
+    choose(page, "#sy-model", other)
+    choose(page, "#sy-backend", "Echo")
     expect(page.locator("#sy-model input")).to_have_value(re.compile(r"^echo"))
     expect(page.locator("#sy-backend input")).to_have_value("Echo")
 
@@ -180,7 +172,7 @@ def test_the_models_page_lists_models_and_backends(visit: Visit, server: Server)
     page.get_by_test_id("page-models").click()
     expect(page.get_by_test_id("resident").first).to_contain_text("echo")
     expect(page.get_by_test_id("model-row").filter(has_text="echo").first).to_be_visible()
-    assert page.get_by_test_id("loader-row").count() == len(server.api("GET", "/ui-api/models")["loaders"])
+    expect(page.get_by_test_id("loader-row")).to_have_count(len(server.api("GET", "/ui-api/models")["loaders"]))
 
 
 @pytest.mark.usefixtures("fresh_echo")
@@ -242,8 +234,7 @@ def test_presets_are_saved_loaded_and_deleted(visit: Visit, server: Server) -> N
     assert server.api("GET", "/ui-api/presets/Wild%20%C3%84")["sampling"]["temperature"] == 1.7
     page.locator("#sy-preset-neutral").click()
     expect(number).to_have_value("1")
-    page.locator("#sy-preset input").click()
-    page.get_by_role("option", name="Wild Ä").click()
+    choose(page, "#sy-preset", "Wild Ä")
     expect(number).to_have_value("1.7")
     page.locator("#sy-preset-delete").click()
     page.get_by_role("dialog").get_by_role("button", name="Delete").click()

@@ -43,7 +43,7 @@ def test_a_model_is_quantised_and_loaded(form: Page, server: Server) -> None:
     job = page.locator("[data-testid=quantize-job]", has_text="made here")
     expect(job).to_have_attribute("data-state", "done", timeout=200_000)
     expect(job).to_contain_text("42 layers")
-    assert job.locator("[data-testid=loss-plot] circle").count() == 42
+    expect(job.locator("[data-testid=loss-plot] circle")).to_have_count(42)
     page.get_by_test_id("quantize-start").click()
     expect(page.get_by_test_id("dialog")).to_contain_text("exists already")
     page.get_by_test_id("dialog").get_by_role("button", name="Cancel").click()

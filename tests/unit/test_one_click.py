@@ -330,7 +330,8 @@ def test_the_overlays_of_a_new_project_are_empty(tmp_path: Path) -> None:
     assert not Overlays(tmp_path, ROOT).complete("parent")
 
 
-def test_the_whole_suite_runs_in_parallel_and_a_named_file_alone() -> None:
+def test_the_whole_suite_runs_in_parallel_with_second_tries_and_a_named_file_alone() -> None:
     whole = one_click.pytest_flags(["-x"])
+    assert whole[whole.index("--reruns") + 1] == "1"
     assert whole[0] == "tests" and whole[-1] == "-x" and whole[whole.index("--dist") + 1] == "loadscope"
     assert one_click.pytest_flags(["tests/unit/test_paths.py::test_x", "-q"]) == ["tests/unit/test_paths.py::test_x", "-q"]
