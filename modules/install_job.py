@@ -61,7 +61,7 @@ def _fetch_converter(overlays: Overlays) -> None:
 
 
 def _report(stage: str, fraction: float | None, line: str) -> None:
-    _send({"stage": f"{stage}: {line}" if line else stage, "fraction": fraction, "line": line})
+    _send({"stage": stage, "fraction": fraction, "line": line})
 
 
 def _send(message: dict[str, object]) -> None:

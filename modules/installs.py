@@ -2,7 +2,7 @@
 
 The first start sets up only what the first chat needs. `resume` queues the rest of the default backends, plus what a user
 asked for and did not get yet. A job is a process of its own (modules.install_job) at low priority; its log is in
-installer_files/logs. Every change is an `install` event: {overlay, stage, fraction, line, state}, state being queued,
+installer_files/logs. Every change is an `install` event: {overlay, title, stage, fraction, line, state}, state being queued,
 running, done or failed; with failed, `stage` is the reason.
 """
 
@@ -42,6 +42,7 @@ class Job:
     """One installation. `overlay` is an environment, or llama-cpp-python for the compiled part of the llamacpp one."""
 
     overlay: str
+    title: str
     state: State = "queued"
     stage: str = "waiting"
     fraction: float | None = None
@@ -108,12 +109,16 @@ class InstallManager:
         return asdict(job)
 
     def _add(self, target: str) -> Job:
-        job = self._jobs[target] = Job(target)
+        job = self._jobs[target] = Job(target, self._title(target))
         self._cancelled.discard(target)
         self._remember()
         self._publish(job)
         self._queue.add(target)
         return job
+
+    def _title(self, target: str) -> str:
+        spec = env_specs(self._overlays.root).get(target)
+        return spec.title if spec else target
 
     async def cancel(self, overlay: str) -> None:
         """Stop a queued or running job; it is not taken up again until someone asks."""
@@ -165,7 +170,9 @@ class InstallManager:
             if "state" in message:
                 end = message
             else:
-                job.stage, job.fraction, job.line = message["stage"], message["fraction"], message["line"]
+                step, line = message["stage"], message["line"]
+                job.stage = line if step == job.title else f"{step}: {line}"
+                job.fraction, job.line = message["fraction"], line
                 self._publish(job)
         status = await self._process.wait()
         self._process = None

@@ -81,6 +81,8 @@ def _download(python: Path, folder: Path, version: str, on_line: Callable[[str],
         "-m",
         "pip",
         "download",
+        "--progress-bar",
+        "off",  # its bars are no lines
         "--no-deps",
         "--no-binary",
         package,

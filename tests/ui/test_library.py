@@ -350,12 +350,27 @@ def test_an_installation_shows_its_progress_and_log_beside_the_backend(page: Pag
     here = page.locator("[data-testid=loader-row][data-loader=rwkv]").get_by_test_id("install-here")
     expect(here.get_by_test_id("install")).to_be_visible()
     send = "(event) => import(new URL('ui-static/js/api.js', document.baseURI).href).then((api) => api.emit('install', event))"
-    event = {"overlay": "rwkv", "state": "running", "stage": "fetching", "fraction": 0.5, "line": "Collecting <b>x</b>"}
+    event = {"overlay": "rwkv", "title": "RWKV", "state": "running", "stage": "fetching", "fraction": 0.5}
+    event["line"] = "Collecting <b>x</b>"
     page.evaluate(send, event)
     expect(here).to_contain_text("Installing: fetching")
     here.locator("summary").click()
     expect(here.locator("pre")).to_have_text("Collecting <b>x</b>")
+    bar = page.get_by_test_id("install-bar")
+    expect(bar).to_contain_text("Installing RWKV fetching")
+    foot = bar.bounding_box()
+    assert foot is not None
+    wait(
+        lambda: (
+            page.locator("#sy-tabs").evaluate("(node) => parseFloat(getComputedStyle(node).paddingTop)")
+            >= foot["y"] + foot["height"]
+        )
+    )
+    bar.get_by_role("button", name="Hide").click()
+    page.evaluate(send, event)
+    expect(bar).to_be_hidden()
     page.evaluate(send, {**event, "state": "failed", "stage": "no network", "line": "no network"})
+    expect(bar).to_contain_text("RWKV could not be installed: no network")
     expect(here.locator(".sy-card-error")).to_have_text("no network")
     expect(here.get_by_test_id("install")).to_be_visible()
     page.unroute_all(behavior="ignoreErrors")

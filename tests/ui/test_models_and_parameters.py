@@ -280,21 +280,22 @@ def test_a_second_page_follows_the_settings(visit: Visit, server: Server) -> Non
 
 def test_a_background_install_shows_its_progress_and_log(visit: Visit) -> None:
     """The server's own events need a package index; here they are replayed as its stream sends them."""
+    job = {"overlay": "transformers", "title": "Transformers"}
     lines = [
         {
-            "overlay": "transformers",
+            **job,
             "state": "running",
             "stage": "downloading torch",
             "fraction": 0.4,
             "line": "Collecting torch",
         },
-        {"overlay": "transformers", "state": "failed", "stage": "the disk is full", "fraction": None, "line": "No space left"},
+        {**job, "state": "failed", "stage": "the disk is full", "fraction": None, "line": "No space left"},
     ]
     stream = "retry: 600000\n\n" + "".join(f"event: install\ndata: {json.dumps(line)}\n\n" for line in lines)
     visit.page.route("**/ui-api/events", lambda route: route.fulfill(content_type="text/event-stream", body=stream))
     page = visit.open()
     bar = page.get_by_test_id("install-bar")
-    expect(bar).to_contain_text("transformers could not be installed: the disk is full")
+    expect(bar).to_contain_text("Transformers could not be installed: the disk is full")
     bar.get_by_role("button", name="Log").click()
     expect(bar.locator("pre")).to_have_text("Collecting torch\nNo space left")
     bar.get_by_role("button", name="Hide the installation").click()

@@ -40,8 +40,8 @@ export class InstallProgress {
     const act = (path) => post(`loaders/${encodeURIComponent(this.loader)}/install${path}`).catch(fail);
     const log = h('pre', { class: 'sy-install-log', tabindex: '0' }, job?.lines.join('\n') || '');
     this.element.replaceChildren(
-      running ? progressBar(job.fraction, `Installing ${this.overlay}`) : '',
-      running ? h('p', { class: 'sy-hint' }, `${job.state === 'queued' ? 'Waiting' : 'Installing'}: ${job.stage}`) : '',
+      running ? progressBar(job.fraction, `Installing ${job.title}`) : '',
+      running ? h('p', { class: 'sy-hint' }, job.state === 'queued' ? 'Waiting for its turn.' : `Installing: ${job.stage}`) : '',
       job?.state === 'failed' ? h('p', { class: 'sy-card-error' }, job.stage) : '',
       job?.state === 'done' ? h('p', { class: 'sy-hint' }, 'Installed.') : '',
       job?.lines.length ? h('details', { open }, h('summary', {}, 'Log'), log) : '',
@@ -54,8 +54,9 @@ export class InstallProgress {
 export class InstallBar {
   constructor() {
     this.lines = [];
-    this.words = h('span', { dir: 'auto' });
-    this.meter = h('progress', { max: 1, 'aria-label': 'Installation' });
+    this.words = h('strong', { role: 'status', dir: 'auto' }); // said aloud, so it does not change with each package
+    this.detail = h('span', { dir: 'auto' });
+    this.meter = progressBar(null, 'Installation');
     this.log = h('pre', { class: 'sy-install-log', tabindex: '0', hidden: true });
     const toggle = h('button', { type: 'button', class: 'sy-link', 'aria-expanded': 'false' }, 'Log');
     toggle.addEventListener('click', () => {
@@ -63,12 +64,21 @@ export class InstallBar {
       toggle.setAttribute('aria-expanded', String(!this.log.hidden));
       this.log.scrollTop = this.log.scrollHeight;
     });
-    const close = h('button', { type: 'button', class: 'sy-icon-button sy-small', 'aria-label': 'Hide the installation', onclick: () => (this.element.hidden = true) }, icon('close', 16));
-    this.element = h('div', { class: 'sy-install', role: 'status', 'data-testid': 'install-bar', hidden: true }, h('div', {}, this.words, this.meter, toggle, close), this.log);
+    const close = h('button', { type: 'button', class: 'sy-icon-button sy-small', 'aria-label': 'Hide the installation', onclick: () => this.#hide() }, icon('close', 16));
+    const row = h('div', {}, this.words, this.detail, this.meter, toggle, close);
+    this.element = h('div', { class: 'sy-install', 'data-testid': 'install-bar', hidden: true }, row, this.log);
+    // The page begins below it; an open log lies over the page.
+    new ResizeObserver(() => document.documentElement.style.setProperty('--sy-notice', `${row.offsetHeight}px`)).observe(row);
     on('install', (event) => this.#show(event));
   }
 
-  #show({ overlay, stage, fraction, line, state }) {
+  /** Until this installation fails, or another one is at work. */
+  #hide() {
+    this.element.hidden = true;
+    this.dismissed = this.overlay;
+  }
+
+  #show({ overlay, title, stage, fraction, line, state }) {
     if (line) {
       this.lines.push(line);
       if (this.lines.length > LINES) this.lines.splice(0, this.lines.length - LINES);
@@ -77,12 +87,14 @@ export class InstallBar {
         this.log.scrollTop = this.log.scrollHeight;
       }
     }
+    if (state === 'queued') return; // what is at work stays in view
     const over = state === 'done' || state === 'failed';
-    if (!over && this.dismissed !== overlay) this.element.hidden = false;
-    if (state === 'failed') this.element.hidden = false;
+    this.overlay = overlay;
+    if (state === 'failed' || (!over && this.dismissed !== overlay)) this.element.hidden = false;
     this.element.dataset.state = state || 'running';
-    const words = { done: `${overlay} is installed.`, failed: `${overlay} could not be installed${stage ? `: ${stage}` : '.'}` }[state];
-    this.words.textContent = words || `Installing ${overlay}${stage ? `: ${stage}` : ''}`;
+    const words = { done: `${title} is installed.`, failed: `${title} could not be installed${stage ? `: ${stage}` : '.'}` }[state] || `Installing ${title}`;
+    if (this.words.textContent !== words) this.words.textContent = words;
+    this.detail.textContent = over ? '' : ` ${stage}`;
     this.log.textContent = this.lines.join('\n');
     this.meter.hidden = over;
     if (fraction === null || fraction === undefined) this.meter.removeAttribute('value');

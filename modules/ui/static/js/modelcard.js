@@ -26,10 +26,11 @@ function quantization(found) {
   return `${method}${bits}${found.group_size > 0 ? `, groups of ${found.group_size}` : ''}`;
 }
 
-/** "Why not": each backend in a line, with a button where only its installation is missing. Drawn when it is opened. */
-function reasons(model, others) {
+/** "Why not" the `others`: each backend in a line, with a button where only its installation is missing. Drawn when it is opened. */
+function reasons(others, some) {
+  const other = others.length === 1 ? 'the other backend' : `the other ${others.length} backends`;
   const list = h('ul');
-  const box = h('details', { 'data-testid': 'why-not' }, h('summary', {}, `Why not the other ${others.length === 1 ? 'backend' : `${others.length} backends`}?`), list);
+  const box = h('details', { 'data-testid': 'why-not' }, h('summary', {}, some ? `Why not ${other}?` : 'Why can no backend load it?'), list);
   box.addEventListener('toggle', () => {
     if (!box.open || list.childElementCount) return;
     list.append(...others.map((loader) => h('li', {}, h('strong', {}, loader.title), `: ${loader.reason}`, loader.installed ? '' : installRow(loader.name))));
@@ -90,6 +91,6 @@ export function modelCard(model) {
     h('div', { class: 'sy-card-actions' },
       usable.map((loader, at) => button(at === 0 ? `Load with ${loader.title}` : loader.title, () => loadModel({ model: model.id, loader: loader.name }), at === 0)),
       offered && !models.make?.bitsandbytes ? button('In 4 bits', () => loadModel({ model: model.id, loader: 'transformers', options: { load_in_4bit: true } }), false, 'load-4bit') : ''),
-    others.length ? reasons(model, others) : '',
+    others.length ? reasons(others, usable.length > 0) : '',
   );
 }
