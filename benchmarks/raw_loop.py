@@ -84,7 +84,7 @@ def rwkv(model: str, threads: int, context: int, dtype: str) -> Run:
     tokenizer = Tokenizer.from_file(str(Path(model) / "tokenizer.json"))
     with tempfile.TemporaryDirectory() as folder:
         torch.save(load_file(Path(model) / "model.safetensors"), Path(folder) / "model.pth")
-        lm = RWKV(model=str(Path(folder) / "model"), strategy=f"cpu {dtype.replace('float', 'fp')}")
+        lm = RWKV(model=str(Path(folder) / "model"), strategy={"float32": "cpu fp32", "bfloat16": "cpu bf16"}[dtype])
 
     def run(prompt: str, tokens: int) -> list[float]:
         stamps: list[float] = []

@@ -60,7 +60,13 @@ HEADLINES = (
         "Transformers {transformers[busy]:.0f} ({transformers[busy_long_spins]:.0f}), "
         "RWKV {rwkv[busy]:.0f} ({rwkv[busy_long_spins]:.0f})",
     ),
-    ("load_cycles", "100 loads and unloads of two models", "memory {slope_kib_per_cycle:+.0f} KiB a cycle"),
+    (
+        "bfloat16",
+        "bfloat16 on a CPU without 16-bit instructions ÷ the library's own, prompt and answer",
+        "Transformers (1.1B) {transformers[over_library][prompt_tok_s]:.1f} and {transformers[over_library][answer_tok_s]:.1f}, "
+        "RWKV (129M) {rwkv[over_library][prompt_tok_s]:.0f} and {rwkv[over_library][answer_tok_s]:.1f}",
+    ),
+    ("load_cycles", "The last 100 of 400 loads and unloads of two models", "memory {slope_kib_per_cycle:+.0f} KiB a cycle"),
     (
         "gptq_speed",
         "GPTQ of 1.1B in 4 bits ÷ llama.cpp's Q4_0 and ÷ Transformers in bfloat16, tokens/s",

@@ -32,16 +32,17 @@ def beam_search(
     found: list[int] = []
     if limit > 0:
         try:
-            output = runner.model.generate(
-                torch.tensor([ids], device=runner.device),
-                attention_mask=torch.ones((1, len(ids)), dtype=torch.long, device=runner.device),
-                max_new_tokens=limit,
-                min_new_tokens=limit if banned else min(request.stop.min_tokens, limit),
-                eos_token_id=ends or None,
-                pad_token_id=ends[0] if ends else 0,
-                stopping_criteria=StoppingCriteriaList([lambda rows, *_, **__: torch.full((len(rows),), cancel.cancelled)]),
-                **arguments,
-            )
+            with runner.products(len(ids)):
+                output = runner.model.generate(
+                    torch.tensor([ids], device=runner.device),
+                    attention_mask=torch.ones((1, len(ids)), dtype=torch.long, device=runner.device),
+                    max_new_tokens=limit,
+                    min_new_tokens=limit if banned else min(request.stop.min_tokens, limit),
+                    eos_token_id=ends or None,
+                    pad_token_id=ends[0] if ends else 0,
+                    stopping_criteria=StoppingCriteriaList([lambda rows, *_, **__: torch.full((len(rows),), cancel.cancelled)]),
+                    **arguments,
+                )
         except Exception as error:
             runner.raise_typed(error)
         found = output[0, len(ids) :].tolist()

@@ -44,10 +44,14 @@ class HfRunner:
     def __init__(self, loaded: Loaded, prefill_chunk: int) -> None:
         import torch
 
+        from loaders._wide_products import Products
+
         self._torch = torch
         self.model = loaded.model
         self.device = loaded.input_device
         self._on_cpu = loaded.input_device.type == "cpu"
+        self.products = Products(loaded.info)
+        self.products.lay_out(loaded.model)
         self.text = loaded.text
         self.info = loaded.info
         self._vision = loaded.vision
@@ -252,7 +256,7 @@ class HfRunner:
     def run_model(self, rows: list[list[int]], cache: Any, keep: int, images: dict[str, Any] | None = None) -> Any:
         """Logits [rows, at least `keep`, vocab] of the last positions of `rows` of equal length, which follow `cache`."""
         torch = self._torch
-        with torch.inference_mode():
+        with torch.inference_mode(), self.products(len(rows) * len(rows[0])):
             tokens = torch.tensor(rows) if self._on_cpu else torch.tensor(rows, device=self.device)
             more: dict[str, Any] = {"logits_to_keep": keep} if self._keeps else {}
             for name, value in (images or {}).items():
@@ -344,7 +348,7 @@ class HfRunner:
                 f"{len(token_ids)} tokens do not fit into the context of {self.info.context_length}.", hint=_SHORTER
             )
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), self.products(len(token_ids)):
                 tokens = torch.tensor([list(token_ids)], device=self.device)
                 states = _hf_compat.decoder_of(self.model)(input_ids=tokens, use_cache=False).last_hidden_state[0].float()
                 return list(torch.nn.functional.normalize(states.mean(dim=0), dim=0).tolist())

@@ -138,6 +138,8 @@ def _read_model(file: Path, strategy: str, progress: Progress) -> Any:
     """The package's model over the file's tensors: it only knows pickles, so it is handed the table that it would read."""
     from safetensors import safe_open
 
+    from loaders._wide_products import gain
+
     tensors: dict[str, Any] = {}
     with safe_open(file, framework="pt") as weights:
         names = list(weights.keys())
@@ -146,11 +148,45 @@ def _read_model(file: Path, strategy: str, progress: Progress) -> Any:
             if number == len(names) or number % 32 == 0:
                 progress(LoadProgress("Reading weights", number / len(names)))
     with contextlib.redirect_stdout(sys.stderr):
-        package = importlib.import_module("rwkv.model")
+        if os.environ["RWKV_V7_ON"] != "1":
+            package = importlib.import_module("rwkv.model")
+            with _handed_over(package.torch, tensors):
+                return package.RWKV(model=str(file), strategy=strategy, verbose=False)
+        wide = strategy == "cpu bf16" and gain("bfloat16")
+        with _unscripted() if wide else contextlib.nullcontext():
+            package = importlib.import_module("rwkv.model")
         with _handed_over(package.torch, tensors):
-            if os.environ["RWKV_V7_ON"] == "1":
-                return package.RWKV(model=str(file), strategy=strategy)
-            return package.RWKV(model=str(file), strategy=strategy, verbose=False)
+            model = package.RWKV(model=str(file), strategy=strategy)
+        if wide:
+            _lay_in_columns(model.z)
+        return model
+
+
+def _lay_in_columns(tensors: dict[str, Any]) -> None:
+    """All that is read as `x @ w`, in place, one at a time; the package itself leaves versions 4 to 6 so."""
+    from loaders._wide_products import in_columns
+
+    for name, tensor in tensors.items():
+        if tensor.dim() == 2 and "emb" not in name:
+            tensors[name] = in_columns(tensor)
+
+
+@contextlib.contextmanager
+def _unscripted() -> Iterator[None]:
+    """The package scripts all of version 7, where nothing can be laid or multiplied otherwise; imported here it stays Python."""
+    import torch
+
+    jit: Any = torch.jit
+    kept = jit.ScriptModule, jit.script, jit.script_method
+    jit.ScriptModule, jit.script, jit.script_method = torch.nn.Module, _as_it_is, _as_it_is
+    try:
+        yield
+    finally:
+        jit.ScriptModule, jit.script, jit.script_method = kept
+
+
+def _as_it_is(function: Any) -> Any:
+    return function
 
 
 @contextlib.contextmanager

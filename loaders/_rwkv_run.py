@@ -57,7 +57,7 @@ class RwkvRunner(HfRunner):
 
     def forward(self, prefix: Any, ids: list[int], keep: int, images: Any = None) -> Any:
         """Read the next `ids`; the logits of the last `keep` positions: [vocab] for 1, else [keep, vocab]."""
-        with self._torch.inference_mode():
+        with self._torch.inference_mode(), self.products(len(ids)):
             logits, prefix.state = self.model.forward(ids, prefix.state, keep > 1)
         prefix.ids.extend(ids)
         if prefix.due():
@@ -77,7 +77,7 @@ class RwkvRunner(HfRunner):
         try:
             for start in range(0, max(len(ids) - 1, 0), self.chunk):
                 chunk = ids[start : min(start + self.chunk, len(ids) - 1)]
-                with self._torch.inference_mode():
+                with self._torch.inference_mode(), self.products(len(chunk)):
                     rows, state = self.model.forward(chunk, state, True)
                     rows = rows.float().reshape(len(chunk), -1)
                     wanted = self._torch.tensor(ids[start + 1 : start + 1 + len(chunk)], device=rows.device)

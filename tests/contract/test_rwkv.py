@@ -328,3 +328,13 @@ def test_eight_bit_weights_and_bfloat16(worker: Bench, tmp_path: Path) -> None:
         assert worker.client.info is not None and worker.client.info.dtype == dtype
         assert (worker.client.info.quantization is not None) == strategy.endswith("i8")
         assert np.mean(worker.run(worker.client.score(IDS))) == pytest.approx(expected, abs=0.5)
+
+
+def test_bfloat16_of_version_7_is_a_rounding_away_in_both_paths(worker: Bench, tmp_path: Path) -> None:
+    weights = random_weights("7")
+    worker.load(write_safetensors(tmp_path / "any.safetensors", weights), strategy="cpu bf16")
+    whole = worker.run(worker.client.score(IDS))
+    assert whole == pytest.approx(scores(weights, "7", IDS), abs=0.2)
+    answer = worker.generate(None, token_ids=tuple(IDS), logprobs=0, stop=STATES)  # token by token
+    found = [entry.logprob for event in answer.tokens for entry in event.logprobs]
+    assert found == pytest.approx(scores(weights, "7", IDS + answer.ids)[len(IDS) - 1 :], abs=0.2)
