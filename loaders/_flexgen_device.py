@@ -16,6 +16,7 @@ import contextlib
 import errno
 import os
 import types
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,6 +57,29 @@ class HostCompressed(compression.TorchCompressedDevice):
         return values.narrow(dim, 0, shape[dim]).reshape(shape)
 
 
+class Spares:
+    """Memory of expanded weights, used again for the next layer's: the kernel takes five times as long to give fresh pages as the
+    expansion itself takes. What no layer uses any more goes as soon as another shape is wanted, so that no more is held than
+    without this.
+    """
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[int, ...], list[tuple[torch.Tensor, weakref.ref[torch.Tensor]]]] = {}
+
+    def take(self, shape: tuple[int, ...]) -> torch.Tensor:
+        """Float32 memory that is nobody's, its values anything; it is the caller's while the tensor object lives."""
+        of_shape = self._kept.get(shape, [])
+        at = next((at for at, (_, user) in enumerate(of_shape) if user() is None), None)
+        if at is None:
+            self._kept = {key: [pair for pair in pairs if pair[1]() is not None] for key, pairs in self._kept.items()}
+            memory = torch.empty(shape, dtype=torch.float32)
+        else:
+            memory = of_shape.pop(at)[0]
+        given = memory.view(shape)
+        self._kept.setdefault(shape, []).append((memory, weakref.ref(given)))
+        return given
+
+
 class HostDevice(backend.TorchDevice):
     """Main memory as FlexGen's compute device: float16 becomes float32 on arrival."""
 
@@ -63,8 +87,11 @@ class HostDevice(backend.TorchDevice):
         super().__init__("cpu")
         self.name = "host"
         self.compressed_device = HostCompressed(self)
+        self._spares = Spares()
 
     def allocate(self, shape: Any, dtype: Any, pin_memory: Any = None, name: Any = None) -> Any:
+        if dtype == np.float16 and len(shape) == 2:  # a weight; of activations and caches views may outlive the tensor
+            return backend.TorchTensor.create_from_torch(self._spares.take(tuple(map(int, shape))), self, name=name)
         return super().allocate(shape, np.float32 if dtype == np.float16 else dtype, pin_memory, name)
 
     def mha(

@@ -138,7 +138,7 @@ def _read_model(file: Path, strategy: str, progress: Progress) -> Any:
     """The package's model over the file's tensors: it only knows pickles, so it is handed the table that it would read."""
     from safetensors import safe_open
 
-    from loaders._wide_products import gain
+    from loaders._wide_products import AsLaid, gain
 
     tensors: dict[str, Any] = {}
     with safe_open(file, framework="pt") as weights:
@@ -155,7 +155,7 @@ def _read_model(file: Path, strategy: str, progress: Progress) -> Any:
         wide = strategy == "cpu bf16" and gain("bfloat16")
         with _unscripted() if wide else contextlib.nullcontext():
             package = importlib.import_module("rwkv.model")
-        with _handed_over(package.torch, tensors):
+        with _handed_over(package.torch, tensors), AsLaid() if wide else contextlib.nullcontext():
             model = package.RWKV(model=str(file), strategy=strategy)
         if wide:
             _lay_in_columns(model.z)

@@ -76,6 +76,7 @@ def main() -> None:
         "converted": lambda: converted(opt, folder / "tiny öpt-np"),
         "aside": lambda: score_while_generating(opt),
         "cancelled": lambda: cancelled(opt),
+        "spares": spares,
         "offload left": lambda: [path.name for path in folder.glob("offload/*")],
     }
     results = {}
@@ -234,6 +235,25 @@ def cancelled(folder: Path) -> dict[str, Any]:
 
 
 # --- transformers ----------------------------------------------------------------------------------------------
+
+
+def spares() -> dict[str, bool]:
+    """Memory for weights that are expanded: of one in use, of one that is done with, and what another shape leaves of it."""
+    from loaders._flexgen_device import Spares  # imports the package, which the experiments before have set up
+
+    kept = Spares()
+    first, second = kept.take((3, 4)), kept.take((3, 4))
+    first.fill_(1)
+    second.fill_(2)
+    place = first.data_ptr()
+    both = bool((first == 1).all())
+    del first
+    third = kept.take((3, 4))
+    reused = third.data_ptr() == place and bool((second == 2).all())
+    del third
+    kept.take((4, 3))
+    held = {shape: len(pairs) for shape, pairs in kept._kept.items()}
+    return {"apart": both, "reused": reused, "freed": held == {(3, 4): 1, (4, 3): 1}}
 
 
 def reference(folder: Path) -> Any:

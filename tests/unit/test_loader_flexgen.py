@@ -322,5 +322,9 @@ def test_a_cancelled_request_leaves_the_others_alone(lab: Any) -> None:
     assert found["second"] == found["whole"][1] and found["again"] == found["whole"]
 
 
+def test_memory_of_expanded_weights_is_used_again_by_whoever_comes_next(lab: Any) -> None:
+    assert lab["spares"] == {"apart": True, "reused": True, "freed": True}
+
+
 def test_the_offload_folder_is_left_empty(lab: Any) -> None:
     assert lab["offload left"] == []

@@ -9,7 +9,7 @@ import { InstallProgress } from './installs.js';
 import { compare, loadModel, models } from './models.js';
 import { openFolder, renameModel, trashModel } from './modelactions.js';
 import { editSettings } from './modelsettings.js';
-import { makeOther, otherForms } from './makes.js';
+import { FOUR_BITS, makeOther, otherForms } from './makes.js';
 
 const FORMATS = { hf: 'Safetensors', gguf: 'GGUF', gptq: 'GPTQ', awq: 'AWQ', exl2: 'EXL2', exl3: 'EXL3', rwkv: 'RWKV', flexgen: 'FlexGen', lora: 'LoRA', remote: 'Remote', echo: 'Echo', unknown: 'Unknown' };
 
@@ -65,6 +65,12 @@ function family(model) {
   return [model.id, ...same.map((other) => other.id)];
 }
 
+function inFourBits(model) {
+  const go = button('In 4 bits', () => loadModel({ model: model.id, loader: 'transformers', options: { load_in_4bit: true } }), false, 'load-4bit');
+  go.title = `In 4 bits: ${FOUR_BITS}.`;
+  return go;
+}
+
 export function modelCard(model) {
   const backends = model.loaders || [];
   const usable = backends.filter((loader) => loader.ok);
@@ -90,7 +96,7 @@ export function modelCard(model) {
     model.problem ? h('p', { class: 'sy-card-error', dir: 'auto' }, icon('warning', 16), ` ${model.problem}`) : '',
     h('div', { class: 'sy-card-actions' },
       usable.map((loader, at) => button(at === 0 ? `Load with ${loader.title}` : loader.title, () => loadModel({ model: model.id, loader: loader.name }), at === 0)),
-      offered && !models.make?.bitsandbytes ? button('In 4 bits', () => loadModel({ model: model.id, loader: 'transformers', options: { load_in_4bit: true } }), false, 'load-4bit') : ''),
+      offered && !models.make?.bitsandbytes ? inFourBits(model) : ''),
     others.length ? reasons(others, usable.length > 0) : '',
   );
 }
