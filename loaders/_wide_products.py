@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _ROWS = 8  # below, one row at a time is as fast
 _COLUMNS = 512  # of the piece: 4 MB in float32 for 2,048 inputs
 _SMALL = 1 << 16  # elements of a matrix that is not worth the pieces
+_LARGE = 1 << 25  # elements of a stack that is not made float32 as a whole: the weights of a mixture's experts
 _STACKED = frozenset({"matmul", "__matmul__", "bmm", "baddbmm"})  # as attention has them where it is written out
 _GAIN = 1.3  # what it must bring, measured, to be used
 
@@ -51,7 +52,7 @@ class WideProducts(TorchFunctionMode):
         if name == "addmm" and not named and args[0].dim() == 1 and _suits(args[1], args[2]):
             return product(args[1], args[2], args[0])
         tensors = [value for value in (*args, *named.values()) if isinstance(value, Tensor)] if name in _STACKED else []
-        if tensors and all(_half(tensor) and tensor.dim() > 2 for tensor in tensors):
+        if tensors and all(_half(tensor) and tensor.dim() > 2 and tensor.numel() <= _LARGE for tensor in tensors):
             more = {key: _float(value) for key, value in named.items()}
             return func(*map(_float, args), **more).to(tensors[0].dtype)
         return func(*args, **named)

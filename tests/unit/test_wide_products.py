@@ -30,20 +30,21 @@ def test_a_product_is_the_exact_one_rounded(lab: Lab) -> None:
 
 
 def test_each_way_to_multiply_goes_through_it(lab: Lab) -> None:
-    for name, errors in lab("calls").items():
-        assert errors["wide"] <= 0.6, name
-        assert errors["own"] <= 4, name
+    found = lab("calls")
+    assert len(found) == 16
+    for name, error in found.items():
+        assert error <= 0.6, name
 
 
 def test_all_else_is_left_alone(lab: Lab) -> None:
-    assert lab("untouched") == {"float32": True, "few rows": True, "a small matrix": True, "a vector": True}
+    assert lab("untouched") == dict.fromkeys(("float32", "few rows", "a small matrix", "a vector", "a large stack"), True)
 
 
 def test_models_in_bfloat16_are_as_near_to_float32_as_before(lab: Lab) -> None:
     found = lab("models")
     assert {"llama", "gpt2", "bloom", "gpt_neox", "opt"} <= found.keys()
     for name, errors in found.items():
-        assert 0 < errors["wide"] <= 1.5 * errors["own"], (name, errors)
+        assert 0 < errors["wide"] <= 2 * errors["own"], (name, errors)
 
 
 def test_only_16_bit_models_on_the_cpu_alone(lab: Lab) -> None:
