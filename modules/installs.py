@@ -171,7 +171,7 @@ class InstallManager:
                 end = message
             else:
                 step, line = message["stage"], message["line"]
-                job.stage = line if step == job.title else f"{step}: {line}"
+                job.stage = ": ".join(word for word in (step, line) if word and word != job.title) or step
                 job.fraction, job.line = message["fraction"], line
                 self._publish(job)
         status = await self._process.wait()
