@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from api_throughput import RawLoop
-from common import ROOT, report
+from common import ROOT, report, run_in
 
 from modules.load_options import complete_options
 from modules.overlays import Overlays
@@ -65,10 +64,8 @@ def main() -> None:
     arguments = parser.parse_args()
     prompt = " word" * arguments.tokens
     with report("bfloat16") as figures, tempfile.TemporaryDirectory(prefix="switchyard-bf16-") as made:
-        overlays = Overlays.find(ROOT)
         rwkv = Path(made) / "random-rwkv"
-        make = [str(overlays.python("rwkv")), "benchmarks/make_rwkv.py", str(rwkv)]
-        subprocess.run(make, cwd=ROOT, env=overlays.worker_env("rwkv"), check=True)
+        run_in("rwkv", "benchmarks/make_rwkv.py", rwkv)
         cases: dict[str, tuple[Path, dict[str, Any], dict[str, Any]]] = {
             "transformers": (arguments.hf.resolve(), {"dtype": "bfloat16"}, {"dtype": "float32"}),
             "rwkv": (rwkv, {"strategy": "cpu bf16"}, {"strategy": "cpu fp32"}),

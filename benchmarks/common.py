@@ -119,6 +119,13 @@ class Server:
         self.close()
 
 
+def run_in(environment: str, *command: object) -> None:
+    """A command of the project's Python in a backend's environment: `run_in("rwkv", "benchmarks/make_rwkv.py", folder)`."""
+    overlays = Overlays.find(ROOT)
+    words = [str(overlays.python(environment)), *map(str, command)]
+    subprocess.run(words, cwd=ROOT, check=True, env=overlays.worker_env(environment), stdout=subprocess.DEVNULL)
+
+
 class Loop:
     """A script of ours in a backend's environment that holds a model: a JSON line asks, a JSON line answers."""
 

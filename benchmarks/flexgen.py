@@ -10,14 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import psutil
-from common import ROOT, Overlays, Server, report
+from common import Server, report, run_in
 
 from loaders._flexgen_plan import main_memory_bytes, plan_of
 from loaders.flexgen import SPEC
@@ -27,10 +26,8 @@ WORDS = "river stone small brown dog garden window paper light morning cat house
 
 
 def make(folder: Path, name: str, hidden: int, layers: int) -> Path:
-    overlays = Overlays.find(ROOT)
     out = folder / name
-    command = [str(overlays.python("flexgen")), "benchmarks/flexgen_model.py", str(out), str(hidden), str(layers)]
-    subprocess.run(command, cwd=ROOT, check=True, env=overlays.worker_env("flexgen"))
+    run_in("flexgen", "benchmarks/flexgen_model.py", out, hidden, layers)
     return out
 
 

@@ -13,14 +13,13 @@ import contextlib
 import dataclasses
 import json
 import re
-import subprocess
 import tempfile
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
-from common import RESULTS, ROOT, Overlays, report
+from common import RESULTS, ROOT, Overlays, report, run_in
 
 from modules.detect import inspect
 from modules.load_options import complete_options
@@ -176,21 +175,16 @@ async def measure(path: Path, loader: str, options: dict[str, Any], data: Path) 
 
 def made(folder: Path, arguments: argparse.Namespace) -> dict[str, Path]:
     """The 1.1B models: those given, and random ones of other kinds, made here."""
-    overlays = Overlays.find(ROOT)
     found = {"hf": arguments.hf, "gguf": arguments.gguf, "gptq": arguments.gptq}
 
-    def run(environment: str, *command: object) -> None:
-        words = [str(overlays.python(environment)), *map(str, command)]
-        subprocess.run(words, cwd=ROOT, check=True, env=overlays.worker_env(environment), stdout=subprocess.DEVNULL)
-
-    run("rwkv", "benchmarks/make_rwkv.py", folder / "rwkv-1b", 24, 2048)
-    run("flexgen", "benchmarks/flexgen_model.py", folder / "opt-1b", 2048, 22)
+    run_in("rwkv", "benchmarks/make_rwkv.py", folder / "rwkv-1b", 24, 2048)
+    run_in("flexgen", "benchmarks/flexgen_model.py", folder / "opt-1b", 2048, 22)
     found |= {"rwkv": folder / "rwkv-1b", "opt": folder / "opt-1b"}
     for kind in ("Q8_0", "Q4_K_M"):
         found[f"gguf-{kind}"] = folder / f"llama-1.1b-{kind}.gguf"
         if not found[f"gguf-{kind}"].exists():  # kept from an earlier run
             flags = ["--type", kind, "--out", found[f"gguf-{kind}"], "--requantize"]
-            run("parent", "server.py", "convert", arguments.gguf, *flags)
+            run_in("parent", "server.py", "convert", arguments.gguf, *flags)
     return {name: Path(path) for name, path in found.items() if path}
 
 

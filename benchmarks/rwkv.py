@@ -11,16 +11,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 from api_throughput import PROMPT, RawLoop, through_api
-from common import ROOT, Server, report
-
-from modules.overlays import Overlays
+from common import Server, report, run_in
 
 HISTORY = 1000
 
@@ -67,15 +64,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     with report("rwkv") as figures, tempfile.TemporaryDirectory(prefix="switchyard-rwkv-") as made:
-        overlays = Overlays.find(ROOT)
         model = arguments.model.resolve() if arguments.model else Path(made) / "random-rwkv"
         if not arguments.model:
-            subprocess.run(
-                [str(overlays.python("rwkv")), "benchmarks/make_rwkv.py", str(model)],
-                cwd=ROOT,
-                env=overlays.worker_env("rwkv"),
-                check=True,
-            )
+            run_in("rwkv", "benchmarks/make_rwkv.py", model)
         raw = RawLoop("rwkv", "rwkv", str(model), arguments.threads, "float32")
         with Server("--no-model", "--nowebui", "--model-dir", str(model.parent), wait_ready=False) as server:
             server.wait("/v1/models")

@@ -90,9 +90,10 @@ class HostDevice(backend.TorchDevice):
         self._spares = Spares()
 
     def allocate(self, shape: Any, dtype: Any, pin_memory: Any = None, name: Any = None) -> Any:
-        if dtype == np.float16 and len(shape) == 2:  # a weight; of activations and caches views may outlive the tensor
+        half = dtype == np.float16
+        if half and len(shape) == 2:  # a weight; of activations and caches views may outlive the tensor
             return backend.TorchTensor.create_from_torch(self._spares.take(tuple(map(int, shape))), self, name=name)
-        return super().allocate(shape, np.float32 if dtype == np.float16 else dtype, pin_memory, name)
+        return super().allocate(shape, np.float32 if half else dtype, pin_memory, name)
 
     def mha(
         self, inputs: Any, attention_mask: Any, w_q: Any, b_q: Any, w_k: Any, b_k: Any, w_v: Any, b_v: Any, w_out: Any,

@@ -148,15 +148,12 @@ def _read_model(file: Path, strategy: str, progress: Progress) -> Any:
             if number == len(names) or number % 32 == 0:
                 progress(LoadProgress("Reading weights", number / len(names)))
     with contextlib.redirect_stdout(sys.stderr):
-        if os.environ["RWKV_V7_ON"] != "1":
-            package = importlib.import_module("rwkv.model")
-            with _handed_over(package.torch, tensors):
-                return package.RWKV(model=str(file), strategy=strategy, verbose=False)
-        wide = strategy == "cpu bf16" and gain("bfloat16")
+        seven = os.environ["RWKV_V7_ON"] == "1"
+        wide = seven and strategy == "cpu bf16" and gain("bfloat16")
         with _unscripted() if wide else contextlib.nullcontext():
             package = importlib.import_module("rwkv.model")
         with _handed_over(package.torch, tensors), AsLaid() if wide else contextlib.nullcontext():
-            model = package.RWKV(model=str(file), strategy=strategy)
+            model = package.RWKV(model=str(file), strategy=strategy, **({} if seven else {"verbose": False}))
         if wide:
             _lay_in_columns(model.z)
         return model

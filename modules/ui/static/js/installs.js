@@ -82,10 +82,8 @@ export class InstallBar {
     if (line) {
       this.lines.push(line);
       if (this.lines.length > LINES) this.lines.splice(0, this.lines.length - LINES);
-      if (!this.log.hidden) {
-        this.log.textContent = this.lines.join('\n');
-        this.log.scrollTop = this.log.scrollHeight;
-      }
+      this.log.textContent = this.lines.join('\n');
+      this.log.scrollTop = this.log.scrollHeight;
     }
     if (state === 'queued') return; // what is at work stays in view
     const over = state === 'done' || state === 'failed';
@@ -95,7 +93,6 @@ export class InstallBar {
     const words = { done: `${title} is installed.`, failed: `${title} could not be installed${stage ? `: ${stage}` : '.'}` }[state] || `Installing ${title}`;
     if (this.words.textContent !== words) this.words.textContent = words;
     this.detail.textContent = over ? '' : ` ${stage}`;
-    this.log.textContent = this.lines.join('\n');
     this.meter.hidden = over;
     if (fraction === null || fraction === undefined) this.meter.removeAttribute('value');
     else this.meter.value = fraction;

@@ -9,9 +9,13 @@ import { compare, loadModel, models, refreshModels } from './models.js';
 import { fail, toast } from './toast.js';
 
 const GGUF = [['Q4_K_M', 'small, hardly worse'], ['Q8_0', 'half of 16 bits, as good'], ['F16', '16 bits, as it is']];
-export const FOUR_BITS = 'loaded so by Transformers; nothing is written. For a GPU: on a CPU, GGUF and GPTQ answer many times faster';
+const LOADED_SO = 'loaded so by Transformers; nothing is written';
+export const FOUR_BITS = `${LOADED_SO}. For a GPU: on a CPU, GGUF and GPTQ answer many times faster`;
 const FLOAT = ['F16', 'F32', 'BF16'];
 const STATES = { queued: 'Waiting', running: 'Converting', done: 'Done', failed: 'Failed', cancelled: 'Stopped' };
+
+/** By bitsandbytes, in 4 or 8 bits. */
+export const loadInBits = (model, bits) => loadModel({ model: model.id, loader: 'transformers', options: { [`load_in_${bits}bit`]: true } });
 
 /** [label, note, what it needs or null, run] for each form that can be had. */
 export function otherForms(model) {
@@ -22,8 +26,8 @@ export function otherForms(model) {
     return [
       ...gguf(GGUF),
       ['GPTQ 4 bits', 'groups of 128, calibrated with the bundled text', need.gptq, () => startQuantization(model.id)],
-      ['bitsandbytes 4 bits', FOUR_BITS, need.bitsandbytes, () => loadModel({ model: model.id, loader: 'transformers', options: { load_in_4bit: true } })],
-      ['bitsandbytes 8 bits', 'loaded so by Transformers; nothing is written', need.bitsandbytes, () => loadModel({ model: model.id, loader: 'transformers', options: { load_in_8bit: true } })],
+      ['bitsandbytes 4 bits', FOUR_BITS, need.bitsandbytes, () => loadInBits(model, 4)],
+      ['bitsandbytes 8 bits', LOADED_SO, need.bitsandbytes, () => loadInBits(model, 8)],
     ];
   }
   if (model.format === 'gptq') return [['GGUF', 'with the same numbers', need.gguf, () => startConversion(model.id, 'auto')]];

@@ -9,7 +9,7 @@ import { InstallProgress } from './installs.js';
 import { compare, loadModel, models } from './models.js';
 import { openFolder, renameModel, trashModel } from './modelactions.js';
 import { editSettings } from './modelsettings.js';
-import { FOUR_BITS, makeOther, otherForms } from './makes.js';
+import { FOUR_BITS, loadInBits, makeOther, otherForms } from './makes.js';
 
 const FORMATS = { hf: 'Safetensors', gguf: 'GGUF', gptq: 'GPTQ', awq: 'AWQ', exl2: 'EXL2', exl3: 'EXL3', rwkv: 'RWKV', flexgen: 'FlexGen', lora: 'LoRA', remote: 'Remote', echo: 'Echo', unknown: 'Unknown' };
 
@@ -66,7 +66,7 @@ function family(model) {
 }
 
 function inFourBits(model) {
-  const go = button('In 4 bits', () => loadModel({ model: model.id, loader: 'transformers', options: { load_in_4bit: true } }), false, 'load-4bit');
+  const go = button('In 4 bits', () => loadInBits(model, 4), false, 'load-4bit');
   go.title = `In 4 bits: ${FOUR_BITS}.`;
   return go;
 }
